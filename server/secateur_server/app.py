@@ -18,7 +18,7 @@ from secateur_server.api.pruner import Pruner
 from secateur_server.backends import backend_for
 from secateur_server.backends.cores import one_thread, start_threads
 from secateur_server.backends.threads import Pool
-from secateur_server.cut.drivers import Local
+from secateur_server.cut.drivers import Cluster, Local
 from secateur_server.operate.health import Health
 from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
@@ -30,6 +30,7 @@ from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.startup import (
     OPTIONS,
     CannotStart,
+    join_cluster,
     listen,
     make_authenticator,
     make_traces,
@@ -100,6 +101,9 @@ class App:
         metrics.show_scheduler(scheduler)
         if config.metrics_address is not None:
             self.metrics_address = serve_metrics(config, metrics, opened)
+        cluster = join_cluster(config, metrics)
+        if cluster:
+            opened.callback(cluster.close)
         traces = make_traces(config)
         if traces:
             opened.callback(traces.close)
@@ -109,7 +113,7 @@ class App:
             interceptors.insert(0, traces.interceptor)
         servers = _grpc_servers(config, interceptors, scheduler, opened)
         self._server, self._draining = servers
-        self._health = _add_services(config, metrics, store, scheduler, servers, opened)
+        self._health = _add_services(config, metrics, store, scheduler, servers, cluster, opened)
         self.address = listen(self._server, config, metrics)
         if self._is_warm:
             warm_up(config.device, store, config.allow_uri)
@@ -223,6 +227,7 @@ def _add_services(
     store: Store,
     scheduler: Scheduler,
     servers: tuple[grpc.Server, grpc.Server],
+    cluster: Cluster | None,
     opened: ExitStack,
 ) -> Health:
     scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
@@ -230,7 +235,7 @@ def _add_services(
     uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, scheduler, metrics)
-    pruner = Pruner(sources, scheduler.max_calls)
+    pruner = Pruner(sources, scheduler.max_calls, cluster)
     opened.callback(pruner.close)
     checkpoints = Checkpoints(sources)
     for server in servers:

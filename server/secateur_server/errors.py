@@ -49,6 +49,19 @@ class RequestError(Exception):
         self.description = shorten(message, 900)
         super().__init__(f"{self.field}: {self.description}")
 
+    def __reduce__(self) -> "tuple[object, ...]":
+        """Pickles the error of another process. Its classes take arguments of their own."""
+        return _unpickled, (type(self), self.args, dict(vars(self)))
+
+
+def _unpickled(
+    kind: type[RequestError], args: tuple[object, ...], attributes: dict[str, object]
+) -> RequestError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(attributes)
+    return error
+
 
 class InvalidRequest(RequestError):
     """The messages of the call are wrong or misordered."""
@@ -280,6 +293,14 @@ class DeadlineExceeded(RequestError):
 
     status = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"
+
+
+class ClusterFailed(RequestError):
+    """The Ray cluster lost the work, and gave up on repeating it."""
+
+    status = "UNAVAILABLE"
+    reason = "CLUSTER_FAILED"
+    retry_after = 5.0
 
 
 class InternalError(RequestError):

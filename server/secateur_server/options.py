@@ -106,6 +106,12 @@ class Config:
         "",
         "prefixes of other URIs that requests may name, such as s3://bucket/models",
     )
+    ray_address: str | None = _option(
+        str,
+        None,
+        "a Ray cluster that works on URIs: auto, HOST:PORT, or local for one of this machine; "
+        "needs secateur[ray]",
+    )
     tls_cert: Path | None = _option(
         kinds.file, None, "the server's certificate and its intermediate certificates, PEM"
     )

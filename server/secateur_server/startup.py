@@ -7,6 +7,7 @@ from functools import partial
 import grpc
 
 from secateur_proto.framing import CHUNK_BYTES
+from secateur_server.cut.drivers.ray import NoCluster, Ray
 from secateur_server.operate.authentication import Authenticator
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.metrics_server import MetricsServer
@@ -98,6 +99,24 @@ def make_traces(config: Config) -> Traces | None:
         return Traces(config.otlp_endpoint) if config.otlp_endpoint else None
     except NoTraces as error:
         raise CannotStart(str(error)) from None
+
+
+def join_cluster(config: Config, metrics: Metrics) -> Ray | None:
+    """Connects to the Ray cluster; None: the operator has not asked for it.
+
+    Args:
+        config: The options.
+        metrics: They count tasks.
+
+    Raises:
+        CannotStart: Ray is missing, or no cluster answers.
+    """
+    if config.ray_address is None:
+        return None
+    try:
+        return Ray.at(config.ray_address, config.work_memory, metrics.of_ray)
+    except NoCluster as error:
+        raise CannotStart(f"cannot use the Ray cluster (--ray-address): {error}") from None
 
 
 def make_credentials(config: Config, metrics: Metrics) -> grpc.ServerCredentials | None:

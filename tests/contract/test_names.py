@@ -154,6 +154,7 @@ def test_every_option_of_the_server_is_an_environment_variable(tmp_path: Path) -
         "work-memory": "3GiB",
         "allow-path": f"/,{tmp_path}",
         "allow-uri": "s3://bucket/models",
+        "ray-address": "127.0.0.1:6379",
         "memory-limit": "4GiB",
         "queue-size": "3",
         "idle-timeout": "6",

@@ -9,10 +9,11 @@ from secateur_server.api.answers import Answers
 from secateur_server.api.convert.server_info import encode_server_info
 from secateur_server.api.finalize import decode_finalize, finalize_call
 from secateur_server.api.plan import decode_plan, plan_call
-from secateur_server.api.prune import decode_prune, prune_call
-from secateur_server.api.report import report_call
+from secateur_server.api.prune import decode_prune
 from secateur_server.api.rules import extras_of, streamed_of
+from secateur_server.api.shards.calls import divided_prune, divided_report
 from secateur_server.api.stream import open_request
+from secateur_server.cut.drivers import Cluster
 from secateur_server.errors import InvalidRequest
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.sources import Call, Sources
@@ -24,10 +25,12 @@ class Pruner:
     Args:
         sources: Opens the sources of calls.
         calls: The largest number of concurrent calls.
+        cluster: Works on the files of URIs, where it can; None: this server does.
     """
 
-    def __init__(self, sources: Sources, calls: int) -> None:
+    def __init__(self, sources: Sources, calls: int, cluster: Cluster | None = None) -> None:
         self._sources, self._answers = sources, Answers(sources.metrics, calls)
+        self._cluster = cluster
 
     def close(self) -> None:
         """Ends the workers, when no more calls come."""
@@ -43,7 +46,7 @@ class Pruner:
         first, data = open_request(messages, self._count(context))
         rules = decode_prune(context, first.header)
         call = Call(context, first.header, data, extras_of(rules), streamed_of(rules))
-        work = partial(prune_call, self._sources, call, rules)
+        work = partial(divided_prune, self._sources, self._cluster, call, rules)
         yield from self._answers.send(call, work, pb.PruneResponse)
 
     def prune_single(
@@ -76,7 +79,7 @@ class Pruner:
     ) -> pb.ReportResponse:
         """Measures tensors."""
         first, data = open_request(messages, self._count(context))
-        return report_call(self._sources, Call(context, first.header, data))
+        return divided_report(self._sources, self._cluster, Call(context, first.header, data))
 
     def Plan(self, messages: Iterator[pb.PlanRequest | Data], context: RequestContext) -> bytes:
         """Predicts a Prune for many amounts. Returns a PlanResponse, encoded."""

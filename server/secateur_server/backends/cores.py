@@ -41,6 +41,17 @@ def all_cores() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def on_this_thread() -> Iterator[None]:
+    """Keeps all work of the calling thread to itself: other processes have the other cores."""
+    before = getattr(_thread, "in_pool", False)
+    _start_in_pool()
+    try:
+        yield
+    finally:
+        _thread.in_pool = before
+
+
 def _start_in_pool() -> None:
     one_thread()
     _thread.in_pool = True

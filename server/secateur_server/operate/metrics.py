@@ -40,6 +40,10 @@ HELP = {
     "secateur_evicted_bytes_total": "Bytes on disk that evictions freed.",
     "secateur_fetched_bytes_total": "Bytes fetched from URIs.",
     "secateur_fetched_disk_bytes": "Bytes on disk of fetched files of running calls.",
+    "secateur_ray_tasks_total": "Tasks of the Ray cluster, by outcome.",
+    "secateur_ray_retries_total": "Tasks that Ray repeated, since it lost their process or node.",
+    "secateur_ray_sent_bytes_total": "Bytes of tasks sent to the Ray cluster.",
+    "secateur_ray_received_bytes_total": "Bytes of results received from the Ray cluster.",
     "secateur_uploads_broken_total": "Uploads whose connection broke.",
     "secateur_uploads_resumed_total": "Uploads that were resumed.",
     "secateur_model_bytes": "Bytes of memory of the models that are being served.",
@@ -59,6 +63,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1)
 STAGES = ("receive", "score", "select", "solve", "encode", "send")
 EVICTION_REASONS = ("room", "quota", "ttl")
+RAY_OUTCOMES = ("finished", "failed", "cancelled")
 
 # By whether requests and answers are streams.
 KINDS = {
@@ -93,6 +98,7 @@ class Metrics:
         fetched: Counts bytes fetched from URIs.
         broken: Counts an upload whose connection broke.
         resumed: Counts an upload that was resumed.
+        of_ray: Counts what happens in a Ray cluster, as cut.drivers.ray.Ray says.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,6 +107,7 @@ class Metrics:
         self._add_call_metrics()
         self._add_work_metrics()
         self._add_store_metrics()
+        self._add_cluster_metrics()
         self._add_device_metrics(device)
         self._create_series()
 
@@ -145,6 +152,14 @@ class Metrics:
         self.fetched = self._counter("secateur_fetched_bytes_total").inc
         self.broken = self._counter("secateur_uploads_broken_total").inc
         self.resumed = self._counter("secateur_uploads_resumed_total").inc
+
+    def _add_cluster_metrics(self) -> None:
+        tasks = self._counter("secateur_ray_tasks_total", "outcome")
+        self.of_ray = {outcome: tasks.labels(outcome).inc for outcome in RAY_OUTCOMES} | {
+            "repeated": self._counter("secateur_ray_retries_total").inc,
+            "sent": self._counter("secateur_ray_sent_bytes_total").inc,
+            "received": self._counter("secateur_ray_received_bytes_total").inc,
+        }
 
     def _add_device_metrics(self, device: torch.device) -> None:
         self._show(

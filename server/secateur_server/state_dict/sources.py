@@ -25,6 +25,8 @@ from secateur_server.state_dict.mapped import map_blob, open_files
 from secateur_server.storage.receiver import Receiver
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.store import Store
+from secateur_server.uris.local import LocalTarget
+from secateur_server.uris.remote import RemoteTarget
 from secateur_server.uris.uris import UriModel, Uris
 from secateur_server.wire.header import MIN_FILE_BYTES
 from secateur_server.wire.header import Header as FileHeader
@@ -163,6 +165,24 @@ class Sources:
                 yield open_files(context, files, extras=extras())
 
     @contextmanager
+    def references(self, call: Call[Any]) -> Iterator[UriModel]:
+        """Opens the files of a URI for a block, for other processes. None is fetched.
+
+        Args:
+            call: The call. Its data must be empty.
+
+        Raises:
+            RequestError: The files cannot be opened.
+        """
+        context, uri = call.context, call.header.uri
+        with (
+            self._uris(context).open(context, "header.uri", uri) as model,
+            self._beside(call, model.size) as extras,
+        ):
+            extras()
+            yield model
+
+    @contextmanager
     def _kept_uri(self, call: Call[Any], keep: Receiver) -> Iterator[Incoming]:
         """The files of a URI, in the store."""
         with ExitStack() as admitted:
@@ -249,6 +269,18 @@ class Sources:
             check: Called after the files are written and before they are visible, as in Uris.write.
         """
         self._uris(context).write(context, "header.destination_uri", uri, files, check)
+
+    def targets(
+        self, context: RequestContext, uri: str, files: Sequence[tuple[str, int]]
+    ) -> AbstractContextManager[list[LocalTarget | RemoteTarget]]:
+        """Opens a target for each of some files, as Uris.targets does.
+
+        Args:
+            context: The request.
+            uri: The destination.
+            files: Their names, and the bytes of each.
+        """
+        return self._uris(context).targets(context, "header.destination_uri", uri, files)
 
     def _uris(self, context: RequestContext) -> Uris:
         return self.uris.among(context.tenant.allow)

@@ -10,12 +10,15 @@ import stat
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import UriChanged, UriFailed, UriNotAllowed, UriNotFound, quote
+from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import DurableFile
+from secateur_server.wire.writer import OutgoingFile, track_progress
 
 Bytes = bytes | memoryview
 
@@ -73,6 +76,11 @@ class LocalFile:
                 self._field, f"{quote(self.uri)} changed while it was read; send the request again"
             )
 
+    @property
+    def real_path(self) -> str:
+        """The path that the kernel reports: without links."""
+        return os.readlink(f"/proc/self/fd/{self._fd}")
+
     def close(self) -> None:
         """Closes the file. Its mapped memory is valid as long as anything refers to it."""
         os.close(self._fd)
@@ -125,15 +133,12 @@ class LocalTarget:
             UriFailed: The disk failed, or is full.
         """
         assert self._fd is not None, "the file is open"
-        disk = DurableFile(self._fd)
-        try:
-            for part in parts:
-                view = memoryview(part)
-                while view:
-                    view = view[disk.write(view) :]
-            disk.sync()
-        except OSError as error:
-            raise self._failed(error) from None
+        _write(self._field, self._uri, self._fd, parts)
+
+    def place(self) -> "LocalPlace":
+        """Where another process, on any node that has the file system, writes the whole file."""
+        folder = os.readlink(f"/proc/self/fd/{self._folder}")
+        return LocalPlace(self._field, self._uri, f"{folder}/{self._unfinished}")
 
     def commit(self) -> None:
         """Puts the file in place.
@@ -146,7 +151,7 @@ class LocalTarget:
             os.replace(self._unfinished, self._name, src_dir_fd=folder, dst_dir_fd=folder)
             os.fsync(folder)
         except OSError as error:
-            raise self._failed(error) from None
+            raise _failed(self._field, self._uri, error) from None
 
     def discard(self) -> None:
         """Closes the file, and removes it if it was not committed."""
@@ -156,10 +161,52 @@ class LocalTarget:
             os.unlink(self._unfinished, dir_fd=self._folder)
         os.close(self._folder)
 
-    def _failed(self, error: OSError) -> UriFailed:
-        return UriFailed(
-            self._field, f"{quote(self._uri)} cannot be written: {error.strerror or error}"
-        )
+
+@dataclass(frozen=True)
+class LocalPlace:
+    """An unfinished file of a LocalTarget. It can be pickled.
+
+    Attributes:
+        field: Of the request, for errors.
+        uri: Of the finished file.
+        path: Of the unfinished file.
+    """
+
+    field: str
+    uri: str
+    path: str
+
+    def write(self, context: RequestContext, file: OutgoingFile) -> None:
+        """Writes the whole file, and syncs it. A repetition writes the same bytes again.
+
+        Raises:
+            UriFailed: The disk failed or is full, or the call has ended.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise _failed(self.field, self.uri, error) from None
+        try:
+            _write(self.field, self.uri, descriptor, track_progress(context, file.parts()))
+        finally:
+            os.close(descriptor)
+
+
+def _write(field: str, uri: str, descriptor: int, parts: Iterable[Bytes]) -> None:
+    """Writes and syncs a file. Raises UriFailed."""
+    disk = DurableFile(descriptor)
+    try:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[disk.write(view) :]
+        disk.sync()
+    except OSError as error:
+        raise _failed(field, uri, error) from None
+
+
+def _failed(field: str, uri: str, error: OSError) -> UriFailed:
+    return UriFailed(field, f"{quote(uri)} cannot be written: {error.strerror or error}")
 
 
 def _wait_until_writes_show(mtime_ns: int) -> None:

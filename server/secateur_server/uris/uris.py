@@ -15,6 +15,7 @@ from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import blocks_of
 from secateur_server.uris.local import LocalFile, LocalTarget
+from secateur_server.uris.references import Reference
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
@@ -33,11 +34,17 @@ class UriModel:
         size: Bytes of the files, without the index.
         remote_bytes: Bytes of the remote ones among them.
         fetched: Fetches the remote files for a block, and maps all of them.
+        references: By which other processes open the local files, without the index.
+        index: The index, if there is one.
+        check_unchanged: Raises an error if a file has changed since it was opened.
     """
 
     size: int
     remote_bytes: int
     fetched: Callable[[], AbstractContextManager[list[MappedFile]]]
+    references: Sequence[Reference]
+    index: Sequence[MappedFile]
+    check_unchanged: Callable[[], None]
 
 
 class Uris:
@@ -101,7 +108,9 @@ class Uris:
             size = sum(file.size for file in files)
             remote_bytes = sum(file.size for file in files if isinstance(file, RemoteFile))
             fetched = partial(self._fetched, context, field, uri, files, index)
-            yield UriModel(size, remote_bytes, fetched)
+            references = [_reference(field, file) for file in files if isinstance(file, LocalFile)]
+            check = partial(_check_unchanged, [*files, *index])
+            yield UriModel(size, remote_bytes, fetched, references, index, check)
 
     @contextmanager
     def _open(
@@ -180,26 +189,42 @@ class Uris:
             RequestError: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest, QueueFull,
                 Cancelled, or an error of `check`.
         """
-        if files[-1].filename.endswith(SUFFIX) != uri.endswith(SUFFIX):
+        described = [(file.filename, file.size) for file in files]
+        with self.targets(context, field, uri, described) as targets:
+            for target, file in zip(targets, files, strict=True):
+                target.write(track_progress(context, file.parts()))
+            commit(context, targets, check)
+
+    @contextmanager
+    def targets(
+        self, context: RequestContext, field: str, uri: str, files: Sequence[tuple[str, int]]
+    ) -> Iterator[list[LocalTarget | RemoteTarget]]:
+        """Opens a target for each of some files, and discards those that the block does not commit.
+
+        Args:
+            context: The request.
+            field: Of the request, for errors.
+            uri: Of the file, or of the index, which is the last of `files`.
+            files: Their names, and the bytes of each.
+
+        Raises:
+            RequestError: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest or QueueFull.
+        """
+        if files[-1][0].endswith(SUFFIX) != uri.endswith(SUFFIX):
             raise InvalidRequest(
                 field,
                 f"{quote(uri)} must end in {SUFFIX} if the model has shards, and must not if it is "
                 "one file",
             )
         # The index comes last, under the name that the caller gave it.
-        places = [*(_beside(field, uri, file.filename) for file in files[:-1]), uri]
-        with ExitStack() as targets:
+        places = [*(_beside(field, uri, name) for name, _ in files[:-1]), uri]
+        with ExitStack() as discarded:
             opened = []
-            for place, size in zip(places, (file.size for file in files), strict=True):
+            for place, (_, size) in zip(places, files, strict=True):
                 target = self._target(context, field, place, size)
-                targets.callback(target.discard)
+                discarded.callback(target.discard)
                 opened.append(target)
-            for target, file in zip(opened, files, strict=True):
-                target.write(track_progress(context, file.parts()))
-            check()
-            context.check()  # writing and syncing took time
-            for target in opened:
-                target.commit()
+            yield opened
 
     def _target(
         self, context: RequestContext, field: str, uri: str, size: int
@@ -208,6 +233,28 @@ class Uris:
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
         return RemoteTarget(context, field, uri, size, self._requests, self._prefixes)
+
+
+def commit(
+    context: RequestContext,
+    targets: Sequence[LocalTarget | RemoteTarget],
+    check: Callable[[], None],
+) -> None:
+    """Puts written files in place, unless `check` raises an error, or the request was cancelled."""
+    check()
+    context.check()  # writing and syncing took time
+    for target in targets:
+        target.commit()
+
+
+def _reference(field: str, file: LocalFile) -> Reference:
+    name, modified = _name(file.uri), file.opened.st_mtime_ns
+    return Reference(field, file.uri, name, file.real_path, file.size, modified)
+
+
+def _check_unchanged(files: Sequence[LocalFile | RemoteFile | MappedFile]) -> None:
+    for file in files:
+        file.check_unchanged()
 
 
 Place = TypeVar("Place", Path, str)

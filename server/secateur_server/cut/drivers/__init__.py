@@ -8,10 +8,10 @@ tensors. There small.py, plan_small.py and select_each.py also prune many small 
 import torch
 
 from secateur_server.cut.drivers.local import Local
-from secateur_server.cut.drivers.protocol import Driver, Task
+from secateur_server.cut.drivers.protocol import Cluster, Driver, Task
 from secateur_server.runtime.context import RequestContext
 
-__all__ = ["Driver", "Local", "Task", "driver_for"]
+__all__ = ["Cluster", "Driver", "Local", "Task", "driver_for"]
 
 
 def driver_for(context: RequestContext, device: torch.device) -> Driver:

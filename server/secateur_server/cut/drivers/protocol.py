@@ -1,6 +1,6 @@
 """What a driver does, and what it is given."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from secateur_server.backends.protocol import Backend
@@ -33,4 +33,18 @@ class Driver(Protocol):
 
         Raises:
             Cancelled, DeadlineExceeded: The request is to end.
+        """
+
+
+class Cluster(Driver, Protocol):
+    """A driver whose pieces may be on other machines."""
+
+    def as_finished(
+        self, context: RequestContext, task: Task[Item, Found], pieces: list[Item]
+    ) -> Iterator[tuple[int, Found]]:
+        """Does what `map` does, and yields the index of each piece and its result, as they come.
+
+        Raises:
+            Cancelled, DeadlineExceeded: The request is to end. Its tasks end too.
+            RequestError: A task raised it, that of the first piece; or the cluster failed.
         """

@@ -1,0 +1,219 @@
+"""Prune: each file is pruned, measured and written by a task."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.report_pb2 import SparsityReport
+from secateur_server.api.answers import Made, written
+from secateur_server.api.convert.checkpoint import file_message
+from secateur_server.api.convert.report import report_of
+from secateur_server.api.rules import reads_of
+from secateur_server.api.shards.decide import decide_across
+from secateur_server.api.shards.model import DividedModel, NotDivisible, divided_model, worked
+from secateur_server.api.shards.rules import DividedRule, Names, divided_rules
+from secateur_server.api.shards.work import FileWork, Part, PruneWork, prune_file
+from secateur_server.api.shards.write import put_in_place, targets_of
+from secateur_server.backends.masks import Mask
+from secateur_server.cut.choice import Choice
+from secateur_server.cut.drivers import Cluster
+from secateur_server.outputs import OUTPUTS
+from secateur_server.report.warnings import NOT_SMALLER, warnings_of
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Rule, Selection
+from secateur_server.state_dict.sources import Call, Sources
+from secateur_server.state_dict.state_dict import packed_masks
+from secateur_server.uris.local import LocalPlace, LocalTarget
+from secateur_server.wire.writer import OutgoingFile, digest_of
+
+
+def prune_files(
+    sources: Sources,
+    cluster: Cluster,
+    call: Call[pb.PruneHeader],
+    asked: Sequence[Rule],
+    held: ExitStack,
+) -> Made:
+    """Makes the answer of a call of Prune, as prune_call does.
+
+    Raises:
+        NotDivisible: The server must do the work.
+    """
+    context = call.context
+    _check_divisible(call.header)
+    model = held.enter_context(divided_model(sources, cluster, call))
+    pruning = _decided(call, model, asked)
+    with _targets(sources, call, model) as targets:
+        parts = _worked(pruning, targets)
+        files = _masks(pruning, parts)
+        report = _report(pruning, parts)
+        if targets:
+            places = [part.file for part in parts if part.file]
+            files = put_in_place(context, model, targets, places)
+    report.output_blake3 = digest_of(files)
+    sources.metrics.reported(context, report)
+    count = sum(change.pruned for part in parts for change in part.changes)
+    sources.metrics.pruned(context, count, report.sparsity)
+    result = pb.PruneResult(report=report)
+    if targets:
+        result.files.extend(map(file_message, files))
+        return result, [], model.check_unchanged
+    return written(sources, call, result, files, model.check_unchanged)
+
+
+def _check_divisible(header: pb.PruneHeader) -> None:
+    """Raises NotDivisible for what tasks do not do: weights would pass through the server."""
+    output = OUTPUTS[header.output]
+    is_sent = output.has_weights and output.has_data and not header.destination_uri
+    if header.keep or header.HasField("details") or output.needs_groups or is_sent:
+        raise NotDivisible
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """A Prune of which all amounts are known for each file.
+
+    Attributes:
+        call: The call.
+        model: The model.
+        asked: The rules of the request.
+        divided: The same rules, resolved.
+        works: Each file with its rules.
+        lengths: How many rules of each file each rule became.
+        decided: The choices among units of several files.
+    """
+
+    call: Call[pb.PruneHeader]
+    model: DividedModel
+    asked: Sequence[Rule]
+    divided: Sequence[DividedRule]
+    works: Sequence[FileWork]
+    lengths: Sequence[Sequence[int]]
+    decided: Sequence[Mapping[Names, Choice]]
+
+    @property
+    def rules(self) -> list[Selection]:
+        """The resolved rules."""
+        return [one.rule for one in self.divided]
+
+
+def _decided(call: Call[pb.PruneHeader], model: DividedModel, asked: Sequence[Rule]) -> _Pruning:
+    """Decides the amounts of all rules. Each rule sees the masks of those before it."""
+    context, header = call.context, call.header
+    rules = resolve(context, asked, model.catalog)
+    if header.output == pb.OUTPUT_REPARAMETRIZED:
+        _check_names(rules, model)
+    divided = divided_rules(context, rules, model)
+    works, lengths = _works(header, model, rules), []
+    decided: list[Mapping[Names, Choice]] = []
+    for one in divided:
+        counts: dict[Names, Sequence[int]] = {}
+        choices: dict[Names, Choice] = {}
+        for compared in one.across:
+            found = decide_across(context, model, one.rule, compared, works)
+            counts[compared.names], choices[compared.names] = found
+        more = [one.of_file(index, counts) for index in range(len(works))]
+        works = [
+            replace(work, rules=(*work.rules, *rules_of_file))
+            for work, rules_of_file in zip(works, more, strict=True)
+        ]
+        lengths.append([len(rules_of_file) for rules_of_file in more])
+        decided.append(choices)
+    return _Pruning(call, model, asked, divided, works, lengths, decided)
+
+
+def _works(header: pb.PruneHeader, model: DividedModel, rules: Sequence[Rule]) -> list[FileWork]:
+    """Each file before the first rule."""
+    reads = reads_of(rules)
+    named = {name for rule in rules for name in rule.names()}
+    zeros = named if header.prior == pb.PRIOR_ZEROS else ()
+    is_whole = bool(header.destination_uri) and OUTPUTS[header.output].needs_all_tensors
+    return [
+        FileWork(
+            reference,
+            None if is_whole else tuple(name for name in catalog.prunable if name in reads),
+            tuple(name for name in catalog.prunable if name in zeros),
+        )
+        for reference, catalog in zip(model.references, model.catalogs, strict=True)
+    ]
+
+
+def _check_names(rules: Sequence[Rule], model: DividedModel) -> None:
+    """Raises NotDivisible if a pair would have a name of a tensor: the server finds where."""
+    stored, pairs = model.catalog.stored, model.catalog.pairs
+    new = {name for rule in rules for name in rule.names()} - pairs.keys()
+    if any(f"{name}_orig" in stored or f"{name}_mask" in stored for name in new):
+        raise NotDivisible
+
+
+@contextmanager
+def _targets(
+    sources: Sources, call: Call[pb.PruneHeader], model: DividedModel
+) -> Iterator[Sequence[LocalTarget]]:
+    """Opens the targets of weights; none if the output has none."""
+    if not call.header.destination_uri or not OUTPUTS[call.header.output].has_weights:
+        yield []
+        return
+    with targets_of(sources, call, model) as targets:
+        yield targets
+
+
+def _worked(pruning: _Pruning, targets: Sequence[LocalTarget]) -> list[Part]:
+    """Prunes all files, and writes them to the targets, if there are any."""
+    header, model = pruning.call.header, pruning.model
+    output = OUTPUTS[header.output]
+    has_masks = output.has_data and not output.has_weights
+    works = pruning.works
+    places: Sequence[LocalPlace | None] = [None] * len(works)
+    if targets:
+        places = [target.place() for target in targets[: len(works)]]
+    pieces = [
+        PruneWork(work, header.output, place, has_masks)
+        for work, place in zip(works, places, strict=True)
+    ]
+    return worked(pruning.call.context, model, "write", prune_file, pieces)
+
+
+def _masks(pruning: _Pruning, parts: Sequence[Part]) -> list[OutgoingFile]:
+    """The file of masks, if the output is masks."""
+    output = OUTPUTS[pruning.call.header.output]
+    if output.has_weights or not output.has_data:
+        return []
+    shapes = pruning.model.catalog.prunable
+    masks = {
+        name: Mask(bits, math.prod(shapes[name]))
+        for part in parts
+        for name, bits in part.masks.items()
+    }
+    return [packed_masks(pruning.call.context, masks)]
+
+
+def _report(pruning: _Pruning, parts: Sequence[Part]) -> SparsityReport:
+    """Puts the report together."""
+    context, catalog = pruning.call.context, pruning.model.catalog
+    changes = [change for part in parts for change in part.changes]
+    names = [change.name for change in changes]
+    encoded = b"".join(part.tensors for part in parts)
+    choices = list(_choices(pruning, parts))
+    report = report_of(context, encoded, names, catalog, "", choices=choices)
+    warnings = warnings_of(context, report, pruning.asked, pruning.rules, catalog, changes)
+    if pruning.call.header.output == pb.OUTPUT_PACKED:
+        warnings = [warning for warning in warnings if warning.code != NOT_SMALLER]
+    report.warnings.extend(warnings)
+    return report
+
+
+def _choices(pruning: _Pruning, parts: Sequence[Part]) -> Iterator[Sequence[Choice]]:
+    """The choices of each rule."""
+    left = [iter(part.choices) for part in parts]
+    for one, lengths, decided in zip(
+        pruning.divided, pruning.lengths, pruning.decided, strict=True
+    ):
+        of_rules = (
+            next(of_file) for of_file, n in zip(left, lengths, strict=True) for _ in range(n)
+        )
+        found = list(chain.from_iterable(of_rules))
+        yield one.choices(pruning.call.context, found, decided)

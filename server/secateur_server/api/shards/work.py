@@ -1,0 +1,266 @@
+"""The tasks: what is done where a file of the model is."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from secateur_server.api.convert.report import encode_tensors, report_of
+from secateur_server.backends import backend_for
+from secateur_server.backends.pieces import Piece
+from secateur_server.backends.protocol import Backend
+from secateur_server.cut.choice import Choice
+from secateur_server.cut.prior import prune_zeros
+from secateur_server.cut.prune import prune
+from secateur_server.cut.score import Ranking, score_dtype
+from secateur_server.cut.scored import score_tensors
+from secateur_server.outputs import OUTPUTS
+from secateur_server.report.tensors import measure_tensors
+from secateur_server.report.warnings import Change, changes_of
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection
+from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.shards import Shard
+from secateur_server.state_dict.state_dict import StateDict, masks_of
+from secateur_server.uris.local import LocalPlace
+from secateur_server.uris.references import Reference
+from secateur_server.wire.header import Entry, Header, header_length, parse_header
+from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
+from secateur_server.wire.tensors import WireTensor
+from secateur_server.wire.writer import OutgoingFile
+
+# What a process of the cluster keeps for the next task: mapped files, which take no memory, and
+# scores.
+KEPT_FILES, KEPT_SCORES = 32, 4
+
+
+@dataclass(frozen=True)
+class FileWork:
+    """A file, and what is known of the call when a task works on it.
+
+    Attributes:
+        reference: The file.
+        names: Of the parameters to read; None: all.
+        zeros: Of the parameters whose zeros count as pruned.
+        rules: The rules that make its masks, resolved, for its tensors alone.
+    """
+
+    reference: Reference
+    names: tuple[str, ...] | None = None
+    zeros: tuple[str, ...] = ()
+    rules: tuple[Selection, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.reference.size
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a file that are compared with those of other files. See cut.observe.Observed.
+
+    Attributes:
+        work: The file, with the rules before this one.
+        rule: For those tensors of the file whose units are compared.
+        token: Differs between all units of all calls.
+        units: How many.
+        dtype: In which all scores are compared.
+    """
+
+    work: FileWork
+    rule: Selection
+    token: str
+    units: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.work.size
+
+    def read(self, context: RequestContext) -> list[Piece]:
+        size = backend_for(torch.device("cpu")).ranked
+        rankings = _rankings(context, self)
+        return [piece for ranking in rankings for piece in ranking.pieces(self.dtype, size)]
+
+
+class Summary(NamedTuple):
+    """What is known of units before their scores are counted."""
+
+    units: int
+    candidates: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that this process has mapped.
+
+    Attributes:
+        file: The file.
+        head: Its header.
+        base: The offset of the data behind the header.
+        tensors: Those that were read.
+    """
+
+    file: MappedFile
+    head: Header
+    base: int
+    tensors: dict[str, WireTensor] = field(default_factory=dict)
+
+
+_opened: OrderedDict[Reference, Opened] = OrderedDict()
+_scored: OrderedDict[tuple[str, Reference], Sequence[Ranking]] = OrderedDict()
+
+
+def read_head(context: RequestContext, backend: Backend, work: FileWork) -> Header:
+    """Reads the header of a file."""
+    return _open(context, work.reference).head
+
+
+def measure_file(context: RequestContext, backend: Backend, work: FileWork) -> bytes:
+    """Measures the named parameters of a file. Returns them as encode_tensors does."""
+    state_dict = _state_dict(context, work)
+    names = state_dict.catalog.prunable if work.names is None else work.names
+    measured = measure_tensors(context, {name: state_dict.parameters[name] for name in names})
+    encoded = encode_tensors(measured)
+    _close(work.reference)
+    return encoded
+
+
+def summarize(context: RequestContext, backend: Backend, units: Units) -> Summary:
+    """Scores units, and counts them."""
+    rankings = _rankings(context, units)
+    candidates = sum(ranking.count_candidates(context) for ranking in rankings)
+    return Summary(sum(r.units for r in rankings), candidates, score_dtype(rankings))
+
+
+class Written(NamedTuple):
+    """A file that a task has written, and the tensors in it."""
+
+    filename: str
+    size: int
+    blake3: str
+    entries: Sequence[Entry]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a Prune makes of a file.
+
+    Attributes:
+        tensors: The measured parameters, as encode_tensors returns them.
+        changes: Of these parameters.
+        choices: Of each rule.
+        masks: The bits of each mask, if the output is masks.
+        file: The written file; None if none is written.
+    """
+
+    tensors: bytes
+    changes: Sequence[Change]
+    choices: Sequence[Sequence[Choice]]
+    masks: dict[str, Tensor]
+    file: Written | None = None
+
+
+@dataclass(frozen=True)
+class PruneWork:
+    """A file to prune.
+
+    Attributes:
+        work: The file and the rules.
+        output: Of the call.
+        place: Where the file is written; None: nowhere.
+        has_masks: Whether the bits of masks are returned.
+    """
+
+    work: FileWork
+    output: int
+    place: LocalPlace | None
+    has_masks: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.work.size
+
+
+def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> Part:
+    """Prunes a file, measures what is sent of it, and writes it."""
+    work = asked.work
+    state_dict = _state_dict(context, work)
+    prior = _prior(context, work, state_dict)
+    pruned, choices = prune(context, prior, work.rules, {})
+    masks = {name: mask.bits for name, mask in masks_of(pruned).items()} if asked.has_masks else {}
+    files = OUTPUTS[asked.output].files(context, state_dict, pruned, []) if asked.place else []
+    tensors = encode_tensors(measure_tensors(context, pruned))
+    report = report_of(context, tensors, pruned, state_dict.catalog, "")
+    changes = changes_of(context, report, state_dict.catalog, prior, pruned)
+    part = Part(tensors, changes, [list(of_rule) for of_rule in choices], masks)
+    if asked.place:
+        part = replace(part, file=_write(context, asked.place, *files))
+    _close(work.reference)
+    return part
+
+
+def _write(context: RequestContext, place: LocalPlace, file: OutgoingFile) -> Written:
+    begin = bytes(next(iter(file.parts())))
+    length = header_length(context, begin[:8], file.size)
+    head = parse_header(context, begin[8 : 8 + length], file.size - 8 - length)
+    place.write(context, file)
+    return Written(file.filename, file.size, file.blake3, head.entries)
+
+
+def _state_dict(context: RequestContext, work: FileWork) -> StateDict:
+    """Makes a state_dict of a file, with the parameters to read."""
+    opened = _open(context, work.reference)
+    described = Shard(opened.file.filename, opened.head.entries, opened.head.metadata)
+    state_dict = StateDict([described], {}, is_mapped=True)
+    wanted = None if work.names is None else state_dict.files_of(work.names)
+    entries = [e for e in opened.head.entries if wanted is None or e.name in wanted]
+    missing = [entry for entry in entries if entry.name not in opened.tensors]
+    opened.tensors.update(map_tensors(context, opened.file, missing, opened.base))
+    state_dict.fill(context, {e.name: opened.tensors[e.name] for e in entries}, {}, {})
+    return state_dict
+
+
+def _open(context: RequestContext, reference: Reference) -> Opened:
+    if reference not in _opened:
+        file = reference.open()
+        _opened[reference] = Opened(file, *map_header(context, file))
+        _forget(_opened, KEPT_FILES)
+    _opened.move_to_end(reference)
+    return _opened[reference]
+
+
+def _close(reference: Reference) -> None:
+    """Forgets a file after the last task on it. Raises UriChanged if it has changed."""
+    _opened.pop(reference).file.check_unchanged()
+
+
+def _prior(context: RequestContext, work: FileWork, state_dict: StateDict) -> dict[str, Parameter]:
+    """The parameters before the first rule."""
+    return prune_zeros(context, state_dict.parameters, work.zeros)
+
+
+def _rankings(context: RequestContext, units: Units) -> Sequence[Ranking]:
+    """The scores of units, after the rules before."""
+    key = units.token, units.work.reference
+    if key not in _scored:
+        prior = _prior(context, units.work, _state_dict(context, units.work))
+        state = {**prior, **prune(context, prior, units.work.rules, {})[0]}
+        scored = score_tensors(context, units.rule, units.rule.tensors, state, {})
+        _scored[key] = [tensor.ranking for tensor in scored]
+        _forget(_scored, KEPT_SCORES)
+    _scored.move_to_end(key)
+    return _scored[key]
+
+
+def _forget(kept: OrderedDict[Any, Any], most: int) -> None:
+    """Forgets what has not been used for the longest time."""
+    while len(kept) > most:
+        kept.popitem(last=False)

@@ -1,0 +1,121 @@
+"""Calls of a server that works in a real cluster, and what they leave when processes are lost."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import secateur as s
+from tests.cluster.divided import INDEX, outcome, split, write_files
+from tests.conftest import PATIENCE, RunningServer, inner_server
+from tests.contract.test_golden import check
+from tests.uris.served import check as check_failure
+from tests.uris.served import connected
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
+
+HALF = s.global_unstructured("*", 0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def server(cluster: Any, folder: Path) -> Iterator[RunningServer]:
+    options = ("--allow-path", str(folder), "--ray-address", cluster.address)
+    with inner_server(*options, "--work-memory", "64MiB") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[s.Client]:
+    with s.Client(server.address, timeout=PATIENCE) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> str:
+    """The URI of 8 files of 32 MB."""
+    numbers = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}": torch.randn(2048, 4096, generator=numbers) for i in range(8)}
+    return write_files(folder / "model", split(tensors, 8))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, model: str) -> dict[str, Any]:
+    """What a server without a cluster makes of the model."""
+    with (
+        inner_server("--allow-path", str(folder)) as local,
+        s.Client(local.address, timeout=PATIENCE) as client,
+    ):
+        return outcome(client, model, HALF, "dense", folder / "expected")
+
+
+def test_results_are_golden(client: s.Client, folder: Path) -> None:
+    (folder / "golden").mkdir()
+    check("uris", client, folder / "golden")
+
+
+def test_a_report_and_a_prune_are_those_of_one_server(
+    client: s.Client, folder: Path, model: str, expected: dict[str, Any]
+) -> None:
+    assert outcome(client, model, HALF, "dense", folder / "found") == expected
+
+
+def busy() -> list[int]:
+    """The processes of the cluster that do a task."""
+    found = []
+    for path in Path("/proc").iterdir():
+        with suppress(OSError):
+            if path.name.isdigit() and (path / "cmdline").read_bytes().startswith(b"ray::work"):
+                found.append(int(path.name))
+    return found
+
+
+@contextmanager
+def killing(most: float) -> Iterator[Callable[[], int]]:
+    """Kills processes that do tasks, up to so many. Yields a function that counts them."""
+    ended, killed = threading.Event(), set[int]()
+
+    def kill() -> None:
+        while not ended.wait(0.005) and len(killed) < most:
+            for process in set(busy()[:1]) - killed:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+                    killed.add(process)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    yield lambda: len(killed)
+    ended.set()
+    thread.join()
+
+
+def test_a_killed_process_changes_no_bit(
+    client: s.Client, folder: Path, model: str, expected: dict[str, Any]
+) -> None:
+    with killing(2) as count:
+        for attempt in range(100):
+            found = outcome(client, model, HALF, "dense", folder / f"killed-{attempt}")
+            assert found == expected
+            if count() == 2:
+                return
+    raise AssertionError("no process was caught at work")
+
+
+def test_a_cluster_that_loses_all_work_leaves_nothing(
+    server: RunningServer, folder: Path, model: str
+) -> None:
+    (folder / "lost").mkdir()
+    with connected(server) as served, killing(float("inf")):
+        found = served.write(model, f"{(folder / 'lost').as_uri()}/{INDEX}")
+    check_failure(found, "UNAVAILABLE", "CLUSTER_FAILED", "lost a task each of")
+    assert not list((folder / "lost").iterdir())
