@@ -165,6 +165,21 @@ def test_a_spec_shrinks_any_file(
     assert np.array_equal(found["fc.bias"], WEIGHTS["fc.bias"][1:])
 
 
+@pytest.mark.parametrize(("amount", "is_noted"), [("10", True), ("3", False), ("10%", False)])
+def test_a_count_that_may_be_meant_in_percent_is_noted(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], amount: str, is_noted: bool
+) -> None:
+    large = tmp_path / "large.safetensors"
+    save_file({"w": np.arange(1, 1001, dtype=np.float32).reshape(10, 100)}, large)
+    out = tmp_path / "out.safetensors"
+    options = ["--method", "l1_unstructured", "--amount", amount]
+    assert run("prune", large, "-o", out, *options) == 0
+    note = "secateur: note: --amount 10 is a number of units; for a share of them give --amount 10%"
+    assert (note in capsys.readouterr().err) is is_noted
+    assert run("prune", large, "-o", out, *options, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = model.with_name("out.safetensors")
     half = ["--method", "l1_unstructured", "--amount", "0.5"]
@@ -172,7 +187,12 @@ def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
     def fails(*arguments: object) -> str:
         return failure(capsys, "prune", *arguments)
 
-    assert "no such file" in fails(model.with_name("x.safetensors"), "-o", out, *half).lower()
+    missing = model.with_name("x.safetensors")
+    for wrong_or_right in (out, model.with_name("o")):
+        assert f"{missing}: No such file" in fails(missing, "-o", wrong_or_right, *half)
+        for command in ("pack", "finalize"):
+            said = failure(capsys, command, missing, "-o", wrong_or_right)
+            assert f"{missing}: No such file" in said
     assert "nearest: 'fc.weight'" in fails(model, "-o", out, *half, "--tensors", "fc.wight")
     for name in ("o.zip", "o.h5", "o"):
         said = fails(model, "-o", model.with_name(name), *half)

@@ -115,8 +115,11 @@ def test_a_valid_safetensors_file_is_written(tmp_path: Path, crepe: Path) -> Non
         assert packed_names(packed) == set(file.keys()) - {"noise", "step"}
 
 
-def test_a_torch_file_and_a_folder_are_packed(tmp_path: Path, crepe: Path) -> None:
+def test_a_torch_file_and_a_folder_are_packed(
+    tmp_path: Path, crepe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     packed = pack(crepe, tmp_path / "p.safetensors")
+    assert "from_pretrained" not in capsys.readouterr().err
     assert_same_tensors(secateur.load(packed), real_weights(crepe))
     folder = tmp_path / "model"
     folder.mkdir()
@@ -126,6 +129,10 @@ def test_a_torch_file_and_a_folder_are_packed(tmp_path: Path, crepe: Path) -> No
     assert (out / "config.json").read_text() == '{"model_type": "crepe"}'
     assert packed_names(out / "model.safetensors")
     assert_same_tensors(secateur.load(out), real_weights(crepe))
+    said = (
+        f"from_pretrained cannot load the packed folder {out}: `secateur finalize {out} -o DENSE`"
+    )
+    assert said in capsys.readouterr().err
 
 
 def test_shards_are_packed_one_by_one(

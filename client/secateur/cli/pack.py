@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from secateur.architectures.transformer import CONFIG
 from secateur.cli.group import Command
 from secateur.cli.options import model_options, out_option
 from secateur.cli.output import Printer, print_options, say
 from secateur.cli.places import standard_streams
+from secateur.cli.targets import check_exists
 from secateur.errors import SecateurError
 from secateur.files import check_holds, check_out, save
 from secateur.model import Source
@@ -51,6 +53,7 @@ def command(model: str, key: str | None, out: str, layout: str, printer: Printer
     printer = printer.beside(out)
     with standard_streams(model, out) as (source_path, target):
         path = path_of(target)
+        check_exists(source_path)
         check_out(path, path_of(source_path))
         source = read_source(source_path, key)
         check_holds(path, source.others, source.index, source.folder, is_packed=True)
@@ -60,6 +63,11 @@ def command(model: str, key: str | None, out: str, layout: str, printer: Printer
     share = f", {after / before:.2f} of the dense {before:,}" if before else ""
     sizes = {"out": out, "bytes": after, "dense_bytes": before}
     printer.show(sizes, f"{out}: {after:,} bytes{share}")
+    if layout == "packed" and Path(path, CONFIG).is_file() and not printer.quiet:
+        say(
+            f"note: from_pretrained cannot load the packed folder {out}: `secateur finalize {out} "
+            "-o DENSE` makes it dense again, and secateur.load reads its tensors"
+        )
     if before and after >= before:
         say(
             f"warning: {out} is not smaller than the dense {before:,} bytes, as the model has few "

@@ -14,13 +14,14 @@ from secateur.cli.options import (
     output_option,
     server_options,
 )
-from secateur.cli.output import Printer, print_options
+from secateur.cli.output import Printer, print_options, say
 from secateur.cli.places import opened, standard_streams
 from secateur.cli.spec_options import Maker, SpecOptions, spec_options
 from secateur.cli.targets import target_of
 from secateur.errors import SecateurError
 from secateur.forms import SMALLER, is_made_of_masks, is_model
 from secateur.literals import Form, Output
+from secateur.report import Report
 from secateur.result import PruneResult
 
 
@@ -65,8 +66,18 @@ def command(options: _Options, spec: SpecOptions, printer: Printer, server: Serv
         report = replace(report, warnings=others)
     written = options.out if is_model(options.output) else None
     printer.report(smaller(report, options.model, written), kept)
+    if not printer.quiet and _may_be_percent(spec.amount, report):
+        say(
+            f"note: --amount {spec.amount} is a number of units; for a share of them give "
+            f"--amount {spec.amount}%"
+        )
     if kept and not printer.json:
         printer.always(f"{'' if printer.quiet else 'kept as '}{kept['checkpoint']}")
+
+
+def _may_be_percent(amount: float | None, report: Report) -> bool:
+    """Whether a count prunes far less than the share in percent of that number would."""
+    return isinstance(amount, int) and 10 <= amount <= 100 and report.sparsity < amount / 200
 
 
 def _pruned(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from secateur.errors import SecateurError
 from secateur.files import check_holds, check_out, check_writable
 from secateur.forms import is_model
 from secateur.model import Source
@@ -49,12 +50,24 @@ class Target:
         return file.absolute().as_uri(), replace(self, path=None, uri=path.absolute().as_uri())
 
 
+def check_exists(model: str) -> None:
+    """Refuses early a local IN that does not exist: it decides what OUT may be.
+
+    Raises:
+        SecateurError: It does not exist.
+    """
+    is_elsewhere = "://" in model or model.startswith("checkpoints/")
+    if not is_elsewhere and not path_of(model).exists():
+        raise SecateurError(f"{model}: No such file or directory")
+
+
 def target_of(out: str | None, model: str, output: str) -> Target:
     """Returns where OUT is, once it is found to be writable.
 
     Raises:
-        SecateurError: It cannot be written.
+        SecateurError: It cannot be written, or IN does not exist.
     """
+    check_exists(model)
     if out is None:
         return Target()
     if "://" in out:
