@@ -250,6 +250,27 @@ def test_a_comparison_has_both_side_by_side(
         assert page.locator("#details .pattern").count() == 2
 
 
+def test_dots_of_a_comparison_cover_no_label(
+    browser: Browser, client: secateur.Client, tmp_path: Path
+) -> None:
+    model = layers(4)
+    pruned = client.prune(model, secateur.l1_unstructured("*", 0.5), output="none")
+    secateur.compare(client.report(model), pruned).to_html(tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html") as page:
+        boxes = "(all) => all.map((one) => one.getBoundingClientRect().toJSON())"
+        dots = page.locator("#charts circle").evaluate_all(boxes)
+        labels = page.locator("#charts svg text").evaluate_all(boxes)
+    assert dots
+    assert labels
+    assert not [
+        (dot, label)
+        for dot in dots
+        for label in labels
+        if dot["left"] < label["right"] and label["left"] < dot["right"]
+        if dot["top"] < label["bottom"] and label["top"] < dot["bottom"]
+    ]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_print_has_every_row(
     browser: Browser, client: secateur.Client, tmp_path: Path, kind: str

@@ -93,7 +93,7 @@ function drawScatter(place, { points, labels, title, note }) {
   const said = (point) =>
     `${point.name}\n${labels[0]}: ${percent(point.a)}\n${labels[1]}: ${percent(point.b)}`;
   const options = {
-    ...{ width: widthOf(section), height: 400, ...MARGINS },
+    ...{ width: widthOf(section), height: 400, ...MARGINS, inset: 14 }, // so that no dot covers a label
     x: { ...axis, label: labels[0] },
     y: { ...axis, label: labels[1] },
     r: { range: [2, 14] },
