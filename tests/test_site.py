@@ -37,6 +37,7 @@ def test_the_site_builds_and_is_complete(tmp_path: Path) -> None:
     """One test, so that a run builds the site once."""
     pages = build(tmp_path)
     check_that_nothing_is_external(pages)
+    check_that_code_in_tables_can_be_copied(pages)
     check_that_every_public_name_is_documented_once(pages)
     check_that_everything_of_the_protos_is_documented(pages)
 
@@ -46,6 +47,12 @@ def check_that_nothing_is_external(pages: dict[str, str]) -> None:
         r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
     )
     assert [found for text in pages.values() for found in loaded.findall(text)] == []
+
+
+def check_that_code_in_tables_can_be_copied(pages: dict[str, str]) -> None:
+    """A `|` in the code of a cell must be escaped on GitHub, where the site shows the backslash."""
+    escaped = re.compile(r"<td[^>]*>(?:(?!</td>).)*<code>[^<]*\\\|[^<]*</code>")
+    assert [found for text in pages.values() for found in escaped.findall(text)] == []
 
 
 def check_that_every_public_name_is_documented_once(pages: dict[str, str]) -> None:
