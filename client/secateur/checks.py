@@ -126,9 +126,12 @@ def _double(value: Any) -> float | None:
 def fraction(field: str, value: Any) -> float:
     """Returns a number in [0, 1]; a text such as "50%" is 0.5."""
     share = percentage(value) if isinstance(value, str) else None
+    if share is None and isinstance(value, str):
+        raise InvalidSpec(f"{field}: {shown(value)} is neither a number nor a percentage as '50%'")
     found = number(field, value) if share is None else share
     if not 0.0 <= found <= 1.0:
-        raise InvalidSpec(f"{field}: {value} is outside [0, 1]")
+        advice = f"; if it is in percent, give '{found:g}%'" if 2 <= found <= 100 else ""
+        raise InvalidSpec(f"{field}: {value} is outside [0, 1]{advice}")
     return found
 
 

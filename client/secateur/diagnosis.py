@@ -137,7 +137,10 @@ class _Probe:
         """The advice by what the other side answers without TLS."""
         first = self._greeting()
         if first is None:
-            return f"{self._target.address.text} takes connections, but does not answer"
+            return (
+                f"{self._target.address.text} takes connections, but does not answer: it may still "
+                "be starting, for a minute or two the first time; else look into its log"
+            )
         if _is_http2(first):
             return f"{self._text} {if_http2}" if if_http2 else None
         if self._speaks_tls():

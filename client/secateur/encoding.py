@@ -12,7 +12,7 @@ from secateur.forms import FORMS, is_model
 from secateur.model import Source
 from secateur.others import check_names
 from secateur.renaming import fitted_rules
-from secateur.spec import GRAMS, INPUTS, OUTPUTS, Arrays, Rule, Spec, local_array
+from secateur.spec import GRAMS, INPUTS, OUTPUTS, Arrays, Rule, Spec, local_array, spec_of
 from secateur.tables import listed
 from secateur.tensors import LocalTensor
 from secateur_proto import spec_pb2 as pb
@@ -45,9 +45,7 @@ def fitted_spec(given: Any, model: Source) -> Spec:
         InvalidSpec: It is not a spec, names an entry that is not sent, or has statistics of other
             weights.
     """
-    if not isinstance(given, Spec):
-        raise InvalidSpec(f"a spec is what secateur's methods make, not {type(given).__name__}")
-    spec = Spec(fitted_rules(given.rules, model))
+    spec = Spec(fitted_rules(spec_of(given).rules, model))
     for index, rule in enumerate(spec.rules):
         check_names(f"rules[{index}]", _names(rule), model.others)
         _check_calibrated(f"rules[{index}]", rule, model)

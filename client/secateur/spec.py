@@ -269,6 +269,20 @@ def from_plain(rule: Any, path: str) -> Spec:
         return method(**arguments)
 
 
+def spec_of(value: Any) -> Spec:
+    """Returns a spec that a caller gives.
+
+    Raises:
+        InvalidSpec: It is something else.
+    """
+    if not isinstance(value, Spec):
+        raise InvalidSpec(
+            f"spec: {shown(value)} is not a Spec; make one, as with "
+            "secateur.l1_unstructured('*.weight', 0.5), or with secateur.read_spec of a file"
+        )
+    return value
+
+
 def _misspelled(table: Mapping[Any, Any], key: str) -> str | None:
     """The error for a table that lacks a key, but has one with a similar name."""
     names = () if key in table else [name for name in table if isinstance(name, str)]

@@ -41,7 +41,8 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
 
     The first call of a process imports numba's compiler, and compiles kernels or loads them from
     numba's cache. Compilation takes seconds, during which a call cannot be cancelled, so every
-    kernel is compiled here. These calls are not counted in metrics. One log line has their time.
+    kernel is compiled here. These calls are not counted in metrics. Log lines say when it begins,
+    and how long it took.
 
     Args:
         device: Where large models are pruned.
@@ -49,6 +50,7 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
         prefixes: Prefixes of allowed URIs. The libraries that open them are imported.
     """
     begun = time.perf_counter()
+    _log.info("warming up; the first start compiles kernels, for a minute or two on a slow machine")
     for prefix in prefixes:
         if problem := missing(prefix):
             _log.warning("URIs under %s cannot be opened: %s", prefix, problem)

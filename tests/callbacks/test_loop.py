@@ -309,7 +309,7 @@ def test_no_server_at_the_start_is_an_error() -> None:
     [
         ({"client": None}, r"^client: None is not a secateur\.Client$"),
         ({"module": {}}, r"a torch\.nn\.Module is needed, not dict"),
-        ({"spec": "l1"}, r"^spec: 'l1' is not what"),
+        ({"spec": "l1"}, r"^spec: 'l1' is not a Spec; make one"),
         ({"spec": secateur.l1_unstructured("none", 0.5)}, "none"),
         ({"spec": secateur.select("*", secateur.threshold(0.1))}, "amount: threshold has no steps"),
         ({"end_step": 1, "start_step": 2}, "^end_step: 1 is before start_step, 2; give a later"),

@@ -167,6 +167,7 @@ def test_a_listener_that_never_answers(
     assert "not done within the timeout of 0.2 s" in text
     assert f"{address} " in text
     assert "does not answer" in text
+    assert ("it may still be starting" in text) is not has_tls
 
 
 def test_a_listener_whose_queue_is_full_is_a_black_hole() -> None:

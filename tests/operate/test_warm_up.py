@@ -136,4 +136,5 @@ def test_embedded_server_does_not_warm_up(
 
 def test_warm_up_is_logged_before_serving() -> None:
     logged = stop_server(start_command())
-    assert 0 <= logged.find("warmed up in ") < logged.find("serving gRPC at ")
+    lines = [logged.find(text) for text in ("warming up; ", "warmed up in ", "serving gRPC at ")]
+    assert 0 <= lines[0] < lines[1] < lines[2]

@@ -130,7 +130,7 @@ def test_what_cannot_be_traced_is_one_line(capfd: pytest.CaptureFixture[str]) ->
 def test_the_line_that_cannot_be_traced_is_named() -> None:
     with pytest.raises(secateur.InvalidSpec) as error:
         secateur.groups(prepared(Small("values")), X)
-    path, line = re.search(r" \((\S+):(\d+)\); write the groups", str(error.value)).groups()  # type: ignore[union-attr]
+    path, line = re.search(r" \((\S+):(\d+)\); if the module runs", str(error.value)).groups()  # type: ignore[union-attr]
     assert "y if bool(y.sum() > 0) else -y" in Path(path).read_text().splitlines()[int(line) - 1]
 
 

@@ -58,7 +58,7 @@ def _check_heads(before: Transformer, after: Transformer) -> None:
     if not architecture.has_head_dim:
         raise InvalidStateDict(
             f"{CONFIG}: {keys.heads}: cannot be {heads}, and was {before.heads}: in transformers "
-            f"a head is {keys.hidden} / {keys.heads} wide; {_RESIZE}"
+            f"a head is {keys.hidden} / {keys.heads} wide; keep all heads; {_RESIZE}"
         )
     if architecture.heads_divide_hidden and hidden % heads:
         raise InvalidStateDict(

@@ -19,7 +19,7 @@ from secateur.errors import (
     Unavailable,
 )
 from secateur.report import Report
-from secateur.spec import Spec
+from secateur.spec import Spec, spec_of
 from secateur.steps import Schedule
 from secateur.tensors import torch_for
 
@@ -104,11 +104,9 @@ def start(
     steps = steps_of(start_step, end_step, prunings)
     if not isinstance(client, Client):
         raise InvalidSpec(f"client: {shown(client)} is not a secateur.Client")
-    if not isinstance(spec, Spec):
-        raise InvalidSpec(f"spec: {shown(spec)} is not what secateur's methods make")
     optimizers = _optimizers(optimizer)
     check_module(module)
-    _ask(client, module, spec.at(1, steps.prunings, schedule))  # before the module changes
+    _ask(client, module, spec_of(spec).at(1, steps.prunings, schedule))  # before the module changes
     pruning = Pruning(client, spec, schedule, steps, Masks(module, optimizers))
     try:
         _restore(pruning, state)

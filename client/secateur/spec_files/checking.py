@@ -13,7 +13,7 @@ from secateur.model import Source
 from secateur.names import resolver
 from secateur.report import Report
 from secateur.source import read_source
-from secateur.spec import MASKS, Rule, Spec
+from secateur.spec import MASKS, Rule, Spec, spec_of
 from secateur.tables import Table, listed
 
 # Names of tensors in a line.
@@ -108,10 +108,8 @@ def check_spec(client: Client, source: Any, spec: Spec, prior: Prior = "masks") 
     if not isinstance(client, Client):
         raise InvalidSpec(f"client: {type(client).__name__} is not a secateur.Client")
     model = read_source(source)
-    if not isinstance(spec, Spec):
-        raise InvalidSpec(f"a spec is what secateur's methods make, not {type(spec).__name__}")
     names = model.prunable_names() if model.is_here else _names_there(client, model)
-    matched = [_matched(rule, names, model) for rule in spec.rules]
+    matched = [_matched(rule, names, model) for rule in spec_of(spec).rules]
     report, problems = None, list(_unmatched(spec, matched, names))
     if not problems:
         try:

@@ -77,7 +77,8 @@ def _exported(module: Module, example_inputs: Any) -> ExportedProgram:
     except Exception as error:  # the module's own code, or torch's on it
         raise InvalidSpec(
             f"module: torch.export cannot trace it with these example_inputs: "
-            f"{_first_sentences(error)}{_place(error)}; write the groups with secateur.group"
+            f"{_first_sentences(error)}{_place(error)}; if the module runs with "
+            "them, write the groups with secateur.group"
         ) from error
 
 
