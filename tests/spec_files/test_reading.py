@@ -221,3 +221,39 @@ def test_where_a_spec_cannot_be_saved(tmp_path: Path) -> None:
         spec.save(tmp_path / "spec.txt")
     with pytest.raises(secateur.SecateurError, match="cannot write it: No such file"):
         spec.save(tmp_path / "none/spec.yaml")
+
+
+def bomb(inner: str) -> str:
+    """YAML of ten lines with aliases of aliases, which expand to 9 ** 9 values."""
+    levels = [f"&a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    return f"[&a0 {inner},{','.join(levels)}]"
+
+
+@pytest.mark.parametrize("inner", ["[x, x]", "{x: y}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rules: {0}",
+        "rules: [{{method: {}}}]",
+        "rules: [{{method: l1_unstructured, amount: {}}}]",
+        "rules: [{{method: l1_unstructured, amount: 0.5, tensors: {}}}]",
+        "rules: [{{method: select, amount: 0.5, importance: {}}}]",
+        "rules: [{{method: grouped, amount: 0.5, groups: {}}}]",
+    ],
+)
+def test_aliases_that_expand_to_very_many_values(tmp_path: Path, text: str, inner: str) -> None:
+    with pytest.raises(InvalidSpec, match="its aliases expand to more than 1,000,000 values"):
+        read(tmp_path, text.format(bomb(inner)), "*")
+
+
+@pytest.mark.parametrize("text", ["&r\nrules: *r\n", "rules: [&r {method: [*r, &s {x: *s}]}]"])
+def test_aliases_of_themselves(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidSpec, match=r"spec\.yaml"):
+        read(tmp_path, text, "*")
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_repeated_key_is_an_error(tmp_path: Path, suffix: str) -> None:
+    text = '{"rules": [{"method": "l1_unstructured", "amount": 0.5, "amount": 0.9}]}'
+    with pytest.raises(InvalidSpec, match=r"found duplicate key ['\"]amount['\"]"):
+        read(tmp_path, text, "*", f"spec{suffix}")

@@ -14,6 +14,9 @@ from secateur.paths import source_path
 from secateur.spec import METHODS, Rule, Spec, from_plain, plain_rules
 from secateur.spec_files.lines import Lines
 
+# Of a file, so that a few nested aliases do not take all memory.
+_MOST_VALUES = 1_000_000
+
 
 def read_spec(path: str | os.PathLike[str], tensors: str | Sequence[str] | None = None) -> Spec:
     """Reads a spec from a file: YAML, or JSON if its suffix is .json. See docs/recipes.md.
@@ -104,21 +107,45 @@ def _parsed(path: Path, text: str) -> Any:
     if path.suffix != ".json":
         return _parsed_yaml(path, text)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_mapping)
     except json.JSONDecodeError as error:
         raise InvalidSpec(f"{path}:{error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # such as an integer of too many digits
         raise InvalidSpec(f"{path}: {error}") from None
 
 
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON. A repeated key, of which json would take the last, is an error."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"found duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+    return found
+
+
 def _parsed_yaml(path: Path, text: str) -> Any:
     package = yaml_package(path)
     try:
-        return package.YAML().load(text)
+        data = package.YAML().load(text)
     except package.error.MarkedYAMLError as error:
         raise InvalidSpec(f"{path}:{error.problem_mark.line + 1}: {error.problem}") from None
     except Exception as error:  # ruamel.yaml raises errors of any kind for tags at odd places
         raise InvalidSpec(f"{path}: is not YAML: {error}") from None
+    if _expanded(data, {}) > _MOST_VALUES:
+        raise InvalidSpec(f"{path}: its aliases expand to more than {_MOST_VALUES:,} values")
+    return data
+
+
+def _expanded(node: Any, known: dict[int, int]) -> int:
+    """The number of values in data whose aliases are expanded; `known` has those of its parts."""
+    if id(node) in known:
+        return known[id(node)]
+    if not isinstance(node, dict | list):
+        return 1
+    known[id(node)] = _MOST_VALUES + 1  # until its parts are counted: an alias to itself is endless
+    parts = node.values() if isinstance(node, dict) else node
+    known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def yaml_package(path: Path) -> Any:
