@@ -122,14 +122,21 @@ class Comparison(Displayed):
         return frame_of(columns, list(self.tensors))
 
     def table(self) -> Table:
-        """Returns a row for each tensor, and lines on those of one model alone."""
-        lines = [
+        """Returns a row for each tensor, and lines on different sizes and tensors of one alone."""
+        lines = [*self._sizes()] + [
             f"only in {label}: {listed(names, _SHOWN)}"
             for label, names in zip(self.labels, (self.only_in_a, self.only_in_b), strict=True)
             if names
         ]
         rows = list(self._rows())
         return Table(rows, above=self._legend(), below=tuple(lines), has_total=True)
+
+    def _sizes(self) -> Iterator[str]:
+        """The sizes of models of different sizes, whose columns a narrow terminal leaves out."""
+        sizes = [(report.total, _total(report)["bytes"]) for report in (self.a, self.b)]
+        if sizes[0] != sizes[1]:
+            (count, size), (other_count, other_size) = sizes
+            yield (f"{count:,} and {other_count:,} parameters, {size:,} and {other_size:,} bytes")
 
     def _legend(self) -> tuple[str, ...]:
         return tuple(f"{short}: {label}" for short, label in zip("AB", self.labels, strict=True))

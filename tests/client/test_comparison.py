@@ -37,7 +37,9 @@ def test_the_text_has_both_side_by_side(client: secateur.Client) -> None:
     assert lines[:2] == ["A: before", "B: after"]
     assert lines[3].split() == ["w", "50.00%", "0.00%", "2", "0", "16", "8", "2x2", "2x1"]
     assert lines[4].split()[:3] == ["only.a", "0.00%", "-"]
+    assert lines[-3] == "7 and 4 parameters, 22 and 24 bytes"
     assert lines[-2:] == ["only in before: only.a", "only in after: only.b"]
+    assert " parameters, " not in str(secateur.compare(A, A, client))
 
 
 @examples(40)

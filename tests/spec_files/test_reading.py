@@ -215,6 +215,15 @@ def test_arrays_in_memory_are_not_saved(spec: Spec, said: str, tmp_path: Path) -
     assert path.read_text() == "before"
 
 
+def test_a_model_is_not_a_spec(tmp_path: Path) -> None:
+    """As `secateur spec check MODEL FILE` has the two swapped."""
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(b"\xff")
+    for path, said in ((tmp_path, "is a folder"), (model, "is not text")):
+        with pytest.raises(InvalidSpec, match=f"{path.name}: {said}.*; give a spec in YAML or"):
+            secateur.read_spec(path)
+
+
 def test_where_a_spec_cannot_be_saved(tmp_path: Path) -> None:
     spec = secateur.lamp("w", 1)
     with pytest.raises(InvalidSpec, match=r"unknown suffix '\.txt' of a spec; known are \.yaml"):

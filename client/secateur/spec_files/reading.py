@@ -53,6 +53,9 @@ class SpecFile:
         file = source_path(path, InvalidSpec)
         try:
             text = file.read_text("utf-8")
+        except (IsADirectoryError, UnicodeError) as error:
+            what = "is a folder" if file.is_dir() else f"is not text ({error})"
+            raise InvalidSpec(f"{file}: {what}; give a spec in YAML or JSON") from None
         except (OSError, ValueError) as error:
             raise InvalidSpec(f"{file}: {getattr(error, 'strerror', None) or error}") from None
         lines = Lines(file, _parsed(file, text))
