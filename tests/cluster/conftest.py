@@ -44,7 +44,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    made: Any = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     made.add_node(**NODE)
     yield made
     made.shutdown()
