@@ -13,7 +13,7 @@ from torch import Tensor
 import secateur
 from secateur_server.backends import backend_for
 from secateur_server.cut.drivers import Task
-from secateur_server.cut.drivers.ray import pickled, work
+from secateur_server.cut.drivers.packets import pickled, work
 from secateur_server.errors import RequestError
 from secateur_server.runtime.context import Found, Item, RequestContext
 from tests.contract.golden_digests import plain_report
@@ -30,6 +30,7 @@ class InProcess:
     def __init__(self) -> None:
         self.backend = backend_for(torch.device("cpu"))
         self.tasks: list[str] = []
+        self.crossed: list[tuple[str, int]] = []  # the bytes of each task and its result
 
     def close(self) -> None:
         pass
@@ -45,7 +46,12 @@ class InProcess:
     ) -> Iterator[tuple[int, Found]]:
         self.tasks.append(getattr(task, "func", task).__name__)
         sent = [pickled((task, piece, None, WORK_MEMORY)) for piece in pieces]
-        found = [pickle.loads(work(data)) for data in reversed(sent)][::-1]
+        received = [work(data) for data in reversed(sent)][::-1]
+        self.crossed += [
+            (self.tasks[-1], len(there) + len(back))
+            for there, back in zip(sent, received, strict=True)
+        ]
+        found = [pickle.loads(data) for data in received]
         failed = [one for one in found if isinstance(one, RequestError)]
         if failed:
             raise failed[0]

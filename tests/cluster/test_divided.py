@@ -149,3 +149,18 @@ def test_results_of_files_are_golden(divided: s.Client, folder: Path, cluster: I
     cluster.tasks.clear()
     check("uris", divided, folder)
     assert {"measure_file", "prune_file", "_count_digits"} <= set(cluster.tasks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_bytes_cross_for_a_pass(
+    divided: s.Client, folder: Path, cluster: InProcess, dtype: torch.dtype
+) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}": torch.randn(1 << 20, generator=numbers).to(dtype) for i in range(4)}
+    cluster.crossed.clear()
+    with TemporaryDirectory(dir=folder) as made:
+        uri = write_files(Path(made) / "in", split(tensors, 4))
+        outcome(divided, uri, s.global_unstructured("*", 0.5), "dense", Path(made) / "out")
+    passes = {torch.float32: 2, torch.bfloat16: 1}[dtype]
+    assert [task for task, _ in cluster.crossed].count("_count_digits") == passes * 4
+    assert max(size for _, size in cluster.crossed) <= 2 << 20

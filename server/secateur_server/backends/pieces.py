@@ -106,6 +106,11 @@ class Piece:
     dtype: torch.dtype
     unpruned: Tensor | None
 
+    @property
+    def place(self) -> None:
+        """As of cut.observe.Observed."""
+        return
+
     def read(self, context: RequestContext) -> "Sequence[Piece]":
         """Returns the piece itself, which is in memory. See cut.observe.Observed."""
         return (self,)

@@ -50,6 +50,10 @@ class Observed(Protocol):
     def units(self) -> int:
         """How many."""
 
+    @property
+    def place(self) -> object:
+        """What tells a driver where they are: equal for equal places. None: in this process."""
+
     def read(self, context: RequestContext) -> Sequence[Piece]:
         """Returns the units as pieces, in their order."""
 
@@ -62,6 +66,11 @@ class _Chunk:
     dtype: torch.dtype
     prefixes: Sequence[int]
     pieces: Sequence[Observed]
+
+    @property
+    def place(self) -> object:
+        """Where the pieces are."""
+        return self.pieces[0].place
 
 
 def observe_digits(

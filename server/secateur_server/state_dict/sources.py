@@ -26,7 +26,7 @@ from secateur_server.storage.receiver import Receiver
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.store import Store
 from secateur_server.uris.local import LocalTarget
-from secateur_server.uris.remote import RemoteTarget
+from secateur_server.uris.multipart import MultipartTarget
 from secateur_server.uris.uris import UriModel, Uris
 from secateur_server.wire.header import MIN_FILE_BYTES
 from secateur_server.wire.header import Header as FileHeader
@@ -270,17 +270,18 @@ class Sources:
         """
         self._uris(context).write(context, "header.destination_uri", uri, files, check)
 
-    def targets(
+    def shared_targets(
         self, context: RequestContext, uri: str, files: Sequence[tuple[str, int]]
-    ) -> AbstractContextManager[list[LocalTarget | RemoteTarget]]:
-        """Opens a target for each of some files, as Uris.targets does.
+    ) -> AbstractContextManager[list[LocalTarget | MultipartTarget]]:
+        """Opens a target for each of some files, as Uris.shared_targets does.
 
         Args:
             context: The request.
             uri: The destination.
             files: Their names, and the bytes of each.
         """
-        return self._uris(context).targets(context, "header.destination_uri", uri, files)
+        field = "header.destination_uri"
+        return self._uris(context).shared_targets(context, field, uri, files)
 
     def _uris(self, context: RequestContext) -> Uris:
         return self.uris.among(context.tenant.allow)

@@ -18,6 +18,7 @@ from secateur_server.backends.mapping import map_file
 from secateur_server.errors import UriChanged, UriFailed, UriNotAllowed, UriNotFound, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import DurableFile
+from secateur_server.uris.multipart import Uploaded
 from secateur_server.wire.writer import OutgoingFile, track_progress
 
 Bytes = bytes | memoryview
@@ -140,6 +141,9 @@ class LocalTarget:
         folder = os.readlink(f"/proc/self/fd/{self._folder}")
         return LocalPlace(self._field, self._uri, f"{folder}/{self._unfinished}")
 
+    def received(self, uploaded: Uploaded) -> None:
+        """Notes what the other process has written: it is in the file already."""
+
     def commit(self) -> None:
         """Puts the file in place.
 
@@ -176,8 +180,11 @@ class LocalPlace:
     uri: str
     path: str
 
-    def write(self, context: RequestContext, file: OutgoingFile) -> None:
+    def write(self, context: RequestContext, file: OutgoingFile) -> Uploaded:
         """Writes the whole file, and syncs it. A repetition writes the same bytes again.
+
+        Returns:
+            Nothing that LocalTarget.received needs.
 
         Raises:
             UriFailed: The disk failed or is full, or the call has ended.
@@ -190,6 +197,7 @@ class LocalPlace:
             _write(self.field, self.uri, descriptor, track_progress(context, file.parts()))
         finally:
             os.close(descriptor)
+        return ()
 
 
 def _write(field: str, uri: str, descriptor: int, parts: Iterable[Bytes]) -> None:

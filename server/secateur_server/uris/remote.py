@@ -6,11 +6,11 @@ written as a multipart upload, which leaves nothing behind unless it is complete
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import (
@@ -84,15 +84,32 @@ class RemoteFile:
             StoreFull: The disk is full.
         """
         with tempfile.TemporaryFile(dir=scratch.folder) as file:
-            self._context.begin("fetch", self.size)
-            with full_disk():
-                for part in self._ranges(self.size):
-                    file.write(part)
-                    scratch.count(len(part))
-                    self._context.advance(len(part))
-                file.flush()
+            self.save(file, scratch.count)
             self.data, _ = map_file(file.fileno())
         self.check_unchanged()
+
+    def save(self, file: IO[bytes], count: Callable[[int], None]) -> None:
+        """Fetches the file to an open one.
+
+        Args:
+            file: Written to.
+            count: Called with the number of bytes of each part.
+
+        Raises:
+            UriNotFound, UriFailed, UriChanged, StoreFull: As of fetch.
+        """
+        self._context.begin("fetch", self.size)
+        with full_disk():
+            for part in self._ranges(self.size):
+                file.write(part)
+                count(len(part))
+                self._context.advance(len(part))
+            file.flush()
+
+    @property
+    def version(self) -> tuple[tuple[str, str], ...]:
+        """What the store says of the file that was opened, and that differs once it changes."""
+        return _version(self._before)
 
     def _info(self) -> dict[str, Any]:
         try:
@@ -145,13 +162,15 @@ class RemoteFile:
         Raises:
             UriChanged: Its size, time or ETag differs.
         """
-        now = self._info()
-        for key in ("size", "ETag", "LastModified", "Last-Modified", "mtime"):
-            if now.get(key) != self._before.get(key):
-                raise UriChanged(
-                    self._field,
-                    f"{quote(self.uri)} changed while it was read; send the request again",
-                )
+        if _version(self._info()) != self.version:
+            raise UriChanged(
+                self._field, f"{quote(self.uri)} changed while it was read; send the request again"
+            )
+
+
+def _version(info: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    keys = ("size", "ETag", "LastModified", "Last-Modified", "mtime")
+    return tuple((key, str(info[key])) for key in keys if info.get(key) is not None)
 
 
 class RemoteTarget:

@@ -27,12 +27,12 @@ class Requests:
     call. Any other request occupies one of MAX_THREADS threads until the library gives up. These
     are daemon threads, so that a server can stop without waiting for them.
 
-    Args:
+    Attributes:
         timeout: Seconds that a store has for each request.
     """
 
     def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
+        self.timeout = timeout
         self._free = threading.Semaphore(MAX_THREADS)
 
     def start(
@@ -70,8 +70,8 @@ class Requests:
             QueueFull: All threads wait for stores that do not answer.
             Cancelled: The request has been cancelled.
         """
-        end = time.monotonic() + self._timeout
-        while not self._free.acquire(timeout=min(CHECK_SECONDS, self._timeout)):
+        end = time.monotonic() + self.timeout
+        while not self._free.acquire(timeout=min(CHECK_SECONDS, self.timeout)):
             if is_cancellable:
                 context.check()
             if time.monotonic() > end:
@@ -96,13 +96,13 @@ class Requests:
             TimeoutError: The store has not answered.
             Cancelled: The call has been cancelled.
         """
-        end = time.monotonic() + self._timeout
+        end = time.monotonic() + self.timeout
         try:
-            while not wait([future], timeout=min(CHECK_SECONDS, self._timeout)).done:
+            while not wait([future], timeout=min(CHECK_SECONDS, self.timeout)).done:
                 if is_cancellable:
                     context.check()
                 if time.monotonic() > end:
-                    raise TimeoutError(f"no answer for {self._timeout:g} seconds (--idle-timeout)")
+                    raise TimeoutError(f"no answer for {self.timeout:g} seconds (--idle-timeout)")
         except BaseException:
             future.cancel()
             raise
@@ -110,8 +110,8 @@ class Requests:
 
     def finish(self, function: Callable[[], None]) -> None:
         """Runs cleanup in a thread, even after cancellation, and waits for it up to the timeout."""
-        if self._free.acquire(timeout=self._timeout):
-            wait([self._run(function)], timeout=self._timeout)
+        if self._free.acquire(timeout=self.timeout):
+            wait([self._run(function)], timeout=self.timeout)
         else:
             function()
 

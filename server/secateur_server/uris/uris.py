@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import quote as urlquote
 from urllib.parse import unquote
 
@@ -15,7 +15,8 @@ from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import blocks_of
 from secateur_server.uris.local import LocalFile, LocalTarget
-from secateur_server.uris.references import Reference
+from secateur_server.uris.multipart import MultipartTarget
+from secateur_server.uris.references import LocalReference, Reference, RemoteReference
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
@@ -23,7 +24,20 @@ from secateur_server.wire.index import weight_map_of
 from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.writer import OutgoingFile, track_progress
 
-LOCAL = "file://"
+LOCAL, S3 = "file://", "s3://"
+
+
+class Target(Protocol):
+    """A file to write, as a whole or not at all."""
+
+    def commit(self) -> None:
+        """Puts the file in place."""
+
+    def discard(self) -> None:
+        """Discards the file if it was not committed."""
+
+
+AnyTarget = TypeVar("AnyTarget", bound=Target)
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class UriModel:
         size: Bytes of the files, without the index.
         remote_bytes: Bytes of the remote ones among them.
         fetched: Fetches the remote files for a block, and maps all of them.
-        references: By which other processes open the local files, without the index.
+        references: By which other processes open the files, without the index.
         index: The index, if there is one.
         check_unchanged: Raises an error if a file has changed since it was opened.
     """
@@ -108,9 +122,16 @@ class Uris:
             size = sum(file.size for file in files)
             remote_bytes = sum(file.size for file in files if isinstance(file, RemoteFile))
             fetched = partial(self._fetched, context, field, uri, files, index)
-            references = [_reference(field, file) for file in files if isinstance(file, LocalFile)]
+            references = [self._reference(field, file) for file in files]
             check = partial(_check_unchanged, [*files, *index])
             yield UriModel(size, remote_bytes, fetched, references, index, check)
+
+    def _reference(self, field: str, file: LocalFile | RemoteFile) -> Reference:
+        uri, name, size = file.uri, _name(file.uri), file.size
+        if isinstance(file, LocalFile):
+            return LocalReference(field, uri, name, file.real_path, size, file.opened.st_mtime_ns)
+        prefixes, timeout = tuple(self._prefixes), self._requests.timeout
+        return RemoteReference(field, uri, name, size, file.version, prefixes, timeout)
 
     @contextmanager
     def _open(
@@ -190,26 +211,37 @@ class Uris:
                 Cancelled, or an error of `check`.
         """
         described = [(file.filename, file.size) for file in files]
-        with self.targets(context, field, uri, described) as targets:
+        with self._targets(field, uri, described, partial(self._target, context)) as targets:
             for target, file in zip(targets, files, strict=True):
                 target.write(track_progress(context, file.parts()))
             commit(context, targets, check)
 
-    @contextmanager
-    def targets(
+    def shared_targets(
         self, context: RequestContext, field: str, uri: str, files: Sequence[tuple[str, int]]
-    ) -> Iterator[list[LocalTarget | RemoteTarget]]:
-        """Opens a target for each of some files, and discards those that the block does not commit.
+    ) -> AbstractContextManager[list[LocalTarget | MultipartTarget]]:
+        """Opens a target for each of some files for a block, to which other processes write.
+
+        Those that the block does not commit are discarded.
 
         Args:
             context: The request.
             field: Of the request, for errors.
-            uri: Of the file, or of the index, which is the last of `files`.
+            uri: Of the file, or of the index, which is the last of `files`. file:// or s3://.
             files: Their names, and the bytes of each.
 
         Raises:
             RequestError: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest or QueueFull.
         """
+        return self._targets(field, uri, files, partial(self._shared_target, context))
+
+    @contextmanager
+    def _targets(
+        self,
+        field: str,
+        uri: str,
+        files: Sequence[tuple[str, int]],
+        make: Callable[[str, str, int], AnyTarget],
+    ) -> Iterator[list[AnyTarget]]:
         if files[-1][0].endswith(SUFFIX) != uri.endswith(SUFFIX):
             raise InvalidRequest(
                 field,
@@ -221,10 +253,18 @@ class Uris:
         with ExitStack() as discarded:
             opened = []
             for place, (_, size) in zip(places, files, strict=True):
-                target = self._target(context, field, place, size)
+                target = make(field, place, size)
                 discarded.callback(target.discard)
                 opened.append(target)
             yield opened
+
+    def _shared_target(
+        self, context: RequestContext, field: str, uri: str, size: int
+    ) -> LocalTarget | MultipartTarget:
+        self.check(field, uri)
+        if uri.startswith(LOCAL):
+            return LocalTarget(field, uri, self._paths)
+        return MultipartTarget(context, field, uri, self._requests, self._prefixes)
 
     def _target(
         self, context: RequestContext, field: str, uri: str, size: int
@@ -237,7 +277,7 @@ class Uris:
 
 def commit(
     context: RequestContext,
-    targets: Sequence[LocalTarget | RemoteTarget],
+    targets: Sequence[Target],
     check: Callable[[], None],
 ) -> None:
     """Puts written files in place, unless `check` raises an error, or the request was cancelled."""
@@ -245,11 +285,6 @@ def commit(
     context.check()  # writing and syncing took time
     for target in targets:
         target.commit()
-
-
-def _reference(field: str, file: LocalFile) -> Reference:
-    name, modified = _name(file.uri), file.opened.st_mtime_ns
-    return Reference(field, file.uri, name, file.real_path, file.size, modified)
 
 
 def _check_unchanged(files: Sequence[LocalFile | RemoteFile | MappedFile]) -> None:

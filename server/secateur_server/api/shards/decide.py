@@ -93,7 +93,7 @@ def _counted(
         for work, part in zip(works, compared.parts, strict=True)
         if part
     ]
-    return _Counted(units, worked(context, model, "read", summarize, units))
+    return _Counted(units, worked(context, model.cluster, "read", summarize, units))
 
 
 def _search(

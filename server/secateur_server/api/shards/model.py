@@ -1,13 +1,14 @@
 """A model in files on which tasks work. The server has the headers only."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from secateur_server.api.shards.work import FileWork, read_head
+from secateur_server.api.shards.work import FileWork, forget_file, read_head
 from secateur_server.cut.drivers import Cluster, Task
-from secateur_server.errors import InvalidStateDict
+from secateur_server.errors import InvalidStateDict, RequestError
 from secateur_server.runtime.context import Found, RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.mapped import read_index_of
@@ -15,7 +16,9 @@ from secateur_server.state_dict.shards import Shard
 from secateur_server.state_dict.sources import Call, Sources
 from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.uris.references import Reference
-from secateur_server.uris.uris import LOCAL
+
+# Seconds for the removal of fetched files at the end of a call.
+FORGET_SECONDS = 10.0
 
 
 class NotDivisible(Exception):
@@ -70,16 +73,21 @@ def divided_model(sources: Sources, cluster: Cluster, call: Call[Any]) -> Iterat
     """Opens the model of a URI for a block.
 
     Raises:
-        NotDivisible: The files are not on a shared file system; or a pair, or the names of a
-            tensor, are in several files; or the call carries data.
+        NotDivisible: A pair, or the names of a tensor, are in several files; or the call carries
+            data.
         RequestError: The model cannot be opened.
     """
     header = call.header
-    if not header.uri.startswith(LOCAL) or header.data_bytes:
+    if header.WhichOneof("source") != "uri" or header.data_bytes:
         raise NotDivisible
-    with sources.references(call) as model:
+    with sources.references(call) as model, ExitStack() as closing:
         works = [FileWork(reference) for reference in model.references]
-        heads = cluster.map(call.context, read_head, works)
+        if model.remote_bytes:
+            closing.callback(_forget, cluster, works)
+        if model.remote_bytes:
+            heads = worked(call.context, cluster, "fetch", read_head, works)
+        else:
+            heads = cluster.map(call.context, read_head, works)
         shards = [
             Shard(reference.filename, head.entries, head.metadata)
             for reference, head in zip(model.references, heads, strict=True)
@@ -88,6 +96,13 @@ def divided_model(sources: Sources, cluster: Cluster, call: Call[Any]) -> Iterat
         catalogs = _catalogs(shards, state_dict.catalog)
         check = model.check_unchanged
         yield DividedModel(cluster, model.references, state_dict, catalogs, model.size, check)
+
+
+def _forget(cluster: Cluster, works: list[FileWork]) -> None:
+    """Removes what tasks have fetched, also after a cancellation; as far as nodes answer."""
+    context = RequestContext(deadline=time.monotonic() + FORGET_SECONDS)
+    with suppress(RequestError):
+        cluster.map(context, forget_file, works)
 
 
 def _catalogs(shards: Sequence[Shard], whole: Catalog) -> list[Catalog]:
@@ -107,7 +122,7 @@ def _catalogs(shards: Sequence[Shard], whole: Catalog) -> list[Catalog]:
 
 def worked(
     context: RequestContext,
-    model: DividedModel,
+    cluster: Cluster,
     phase: str,
     task: Task[Sized, Found],
     pieces: list[Sized],
@@ -119,7 +134,7 @@ def worked(
     """
     context.begin(phase, sum(piece.size for piece in pieces))
     found: dict[int, Found] = {}
-    for index, result in model.cluster.as_finished(context, task, pieces):
+    for index, result in cluster.as_finished(context, task, pieces):
         found[index] = result
         context.advance(pieces[index].size)
     return [found[index] for index in range(len(pieces))]

@@ -15,8 +15,8 @@ from secateur_server.api.rules import reads_of
 from secateur_server.api.shards.decide import decide_across
 from secateur_server.api.shards.model import DividedModel, NotDivisible, divided_model, worked
 from secateur_server.api.shards.rules import DividedRule, Names, divided_rules
-from secateur_server.api.shards.work import FileWork, Part, PruneWork, prune_file
-from secateur_server.api.shards.write import put_in_place, targets_of
+from secateur_server.api.shards.work import FileWork, Part, Place, PruneWork, prune_file
+from secateur_server.api.shards.write import SharedTarget, put_in_place, targets_of
 from secateur_server.backends.masks import Mask
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.drivers import Cluster
@@ -26,7 +26,6 @@ from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Rule, Selection
 from secateur_server.state_dict.sources import Call, Sources
 from secateur_server.state_dict.state_dict import packed_masks
-from secateur_server.uris.local import LocalPlace, LocalTarget
 from secateur_server.wire.writer import OutgoingFile, digest_of
 
 
@@ -152,7 +151,7 @@ def _check_names(rules: Sequence[Rule], model: DividedModel) -> None:
 @contextmanager
 def _targets(
     sources: Sources, call: Call[pb.PruneHeader], model: DividedModel
-) -> Iterator[Sequence[LocalTarget]]:
+) -> Iterator[Sequence[SharedTarget]]:
     """Opens the targets of weights; none if the output has none."""
     if not call.header.destination_uri or not OUTPUTS[call.header.output].has_weights:
         yield []
@@ -161,20 +160,20 @@ def _targets(
         yield targets
 
 
-def _worked(pruning: _Pruning, targets: Sequence[LocalTarget]) -> list[Part]:
+def _worked(pruning: _Pruning, targets: Sequence[SharedTarget]) -> list[Part]:
     """Prunes all files, and writes them to the targets, if there are any."""
     header, model = pruning.call.header, pruning.model
     output = OUTPUTS[header.output]
     has_masks = output.has_data and not output.has_weights
     works = pruning.works
-    places: Sequence[LocalPlace | None] = [None] * len(works)
+    places: Sequence[Place | None] = [None] * len(works)
     if targets:
         places = [target.place() for target in targets[: len(works)]]
     pieces = [
         PruneWork(work, header.output, place, has_masks)
         for work, place in zip(works, places, strict=True)
     ]
-    return worked(pruning.call.context, model, "write", prune_file, pieces)
+    return worked(pruning.call.context, model.cluster, "write", prune_file, pieces)
 
 
 def _masks(pruning: _Pruning, parts: Sequence[Part]) -> list[OutgoingFile]:

@@ -29,7 +29,7 @@ def report_files(
             if of_file
         ]
         with context.stage("encode"):
-            parts = worked(context, model, "read", measure_file, works)
+            parts = worked(context, model.cluster, "read", measure_file, works)
             report = report_of(context, b"".join(parts), names, model.catalog, "")
         model.check_unchanged()
     sources.metrics.reported(context, report)

@@ -26,6 +26,7 @@ from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.shards import Shard
 from secateur_server.state_dict.state_dict import StateDict, masks_of
 from secateur_server.uris.local import LocalPlace
+from secateur_server.uris.multipart import MultipartPlace, Uploaded
 from secateur_server.uris.references import Reference
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
@@ -58,6 +59,11 @@ class FileWork:
         """Bytes of the file."""
         return self.reference.size
 
+    @property
+    def place(self) -> Reference:
+        """The file, so that its next task is on the same node."""
+        return self.reference
+
 
 @dataclass(frozen=True)
 class Units:
@@ -81,6 +87,11 @@ class Units:
     def size(self) -> int:
         """Bytes of the file."""
         return self.work.size
+
+    @property
+    def place(self) -> Reference:
+        """The file, so that its next task is on the same node."""
+        return self.work.reference
 
     def read(self, context: RequestContext) -> list[Piece]:
         size = backend_for(torch.device("cpu")).ranked
@@ -122,6 +133,12 @@ def read_head(context: RequestContext, backend: Backend, work: FileWork) -> Head
     return _open(context, work.reference).head
 
 
+def forget_file(context: RequestContext, backend: Backend, work: FileWork) -> None:
+    """Removes what was fetched of a file to this node."""
+    work.reference.forget()
+    _opened.pop(work.reference, None)
+
+
 def measure_file(context: RequestContext, backend: Backend, work: FileWork) -> bytes:
     """Measures the named parameters of a file. Returns them as encode_tensors does."""
     state_dict = _state_dict(context, work)
@@ -140,12 +157,16 @@ def summarize(context: RequestContext, backend: Backend, units: Units) -> Summar
 
 
 class Written(NamedTuple):
-    """A file that a task has written, and the tensors in it."""
+    """A file that a task has written, the tensors in it, and what the target receives."""
 
     filename: str
     size: int
     blake3: str
     entries: Sequence[Entry]
+    uploaded: Uploaded
+
+
+Place = LocalPlace | MultipartPlace
 
 
 @dataclass(frozen=True)
@@ -174,19 +195,24 @@ class PruneWork:
     Attributes:
         work: The file and the rules.
         output: Of the call.
-        place: Where the file is written; None: nowhere.
+        target: Where the file is written; None: nowhere.
         has_masks: Whether the bits of masks are returned.
     """
 
     work: FileWork
     output: int
-    place: LocalPlace | None
+    target: Place | None
     has_masks: bool
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
         return self.work.size
+
+    @property
+    def place(self) -> Reference:
+        """The file, so that its next task is on the same node."""
+        return self.work.reference
 
 
 def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> Part:
@@ -196,23 +222,23 @@ def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> P
     prior = _prior(context, work, state_dict)
     pruned, choices = prune(context, prior, work.rules, {})
     masks = {name: mask.bits for name, mask in masks_of(pruned).items()} if asked.has_masks else {}
-    files = OUTPUTS[asked.output].files(context, state_dict, pruned, []) if asked.place else []
+    files = OUTPUTS[asked.output].files(context, state_dict, pruned, []) if asked.target else []
     tensors = encode_tensors(measure_tensors(context, pruned))
     report = report_of(context, tensors, pruned, state_dict.catalog, "")
     changes = changes_of(context, report, state_dict.catalog, prior, pruned)
     part = Part(tensors, changes, [list(of_rule) for of_rule in choices], masks)
-    if asked.place:
-        part = replace(part, file=_write(context, asked.place, *files))
+    if asked.target:
+        part = replace(part, file=_write(context, asked.target, *files))
     _close(work.reference)
     return part
 
 
-def _write(context: RequestContext, place: LocalPlace, file: OutgoingFile) -> Written:
+def _write(context: RequestContext, place: Place, file: OutgoingFile) -> Written:
     begin = bytes(next(iter(file.parts())))
     length = header_length(context, begin[:8], file.size)
     head = parse_header(context, begin[8 : 8 + length], file.size - 8 - length)
-    place.write(context, file)
-    return Written(file.filename, file.size, file.blake3, head.entries)
+    uploaded = place.write(context, file)
+    return Written(file.filename, file.size, file.blake3, head.entries, uploaded)
 
 
 def _state_dict(context: RequestContext, work: FileWork) -> StateDict:
@@ -229,8 +255,10 @@ def _state_dict(context: RequestContext, work: FileWork) -> StateDict:
 
 
 def _open(context: RequestContext, reference: Reference) -> Opened:
+    for other in [kept for kept in _opened if not kept.exists()]:
+        del _opened[other]  # its mapping would keep its disk space
     if reference not in _opened:
-        file = reference.open()
+        file = reference.open(context)
         _opened[reference] = Opened(file, *map_header(context, file))
         _forget(_opened, KEPT_FILES)
     _opened.move_to_end(reference)

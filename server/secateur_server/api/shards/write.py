@@ -9,14 +9,17 @@ from secateur_server.api.shards.work import Written
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.sources import Call, Sources
 from secateur_server.uris.local import LocalTarget
-from secateur_server.uris.uris import LOCAL, commit
+from secateur_server.uris.multipart import MultipartTarget
+from secateur_server.uris.uris import LOCAL, S3, commit
 from secateur_server.wire.writer import Outgoing, OutgoingFile, bytes_file
+
+SharedTarget = LocalTarget | MultipartTarget
 
 
 @contextmanager
 def targets_of(
     sources: Sources, call: Call[Any], model: DividedModel
-) -> Iterator[Sequence[LocalTarget]]:
+) -> Iterator[Sequence[SharedTarget]]:
     """Opens a target for each file of a model, and for its index. Discards what is not committed.
 
     Raises:
@@ -24,19 +27,19 @@ def targets_of(
         RequestError: A target cannot be opened.
     """
     uri = call.header.destination_uri
-    if not uri.startswith(LOCAL):
+    if not uri.startswith((LOCAL, S3)):
         raise NotDivisible
     files = [(reference.filename, reference.size) for reference in model.references]
     index = model.state_dict.index
     files += [(index.filename, 0)] if index else []
-    with sources.targets(call.context, uri, files) as targets:
-        yield [target for target in targets if isinstance(target, LocalTarget)]
+    with sources.shared_targets(call.context, uri, files) as targets:
+        yield targets
 
 
 def put_in_place(
     context: RequestContext,
     model: DividedModel,
-    targets: Sequence[LocalTarget],
+    targets: Sequence[SharedTarget],
     written: Sequence[Written],
 ) -> list[OutgoingFile]:
     """Writes the index, and puts all files in place.
@@ -54,6 +57,8 @@ def put_in_place(
         RequestError: A file of the source has changed, the request is to end, or the disk failed.
     """
     files = [OutgoingFile(file.filename, file.size, file.blake3, lambda: []) for file in written]
+    for target, file in zip(targets, written, strict=False):
+        target.received(file.uploaded)
     if model.state_dict.index:
         text = model.state_dict.index.rewritten(_layout(written))
         files.append(bytes_file(context, model.state_dict.index.filename, text))

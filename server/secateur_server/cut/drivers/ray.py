@@ -4,26 +4,23 @@ A task and its piece travel as bytes, and so does the result. The other process 
 thread, with a request of its own that has the same deadline.
 """
 
-import io
 import math
 import pickle
 import signal
 import socket
-import tempfile
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import torch
 
 from secateur_server.backends import backend_for
-from secateur_server.backends.cores import on_this_thread
 from secateur_server.backends.protocol import Backend
+from secateur_server.cut.drivers.packets import pickled, work
 from secateur_server.cut.drivers.protocol import Task
 from secateur_server.errors import Cancelled, ClusterFailed, OutOfMemory, RequestError
 from secateur_server.runtime.context import Found, Item, RequestContext
@@ -36,6 +33,8 @@ CANCEL_SECONDS = 1.0
 CONNECT_SECONDS = 5.0
 # Tasks that wait at a core: so no core waits for the next one, and few are in Ray's queue.
 WAITING = 2
+# Files whose nodes are remembered.
+MOST_PLACES = 100_000
 # How often a task is repeated whose process or node was lost.
 RETRIES = 3
 
@@ -52,6 +51,8 @@ class Ray:
         backend: Of this process.
         threads: The cores of the cluster, when the server started.
         work_memory: Bytes of memory for each task.
+        nodes: The node of the last task on each of some files, by what its pieces say is their
+            place.
         count: Functions that count tasks by their outcome (finished, failed or cancelled), those
             that are repeated, and bytes that are sent to tasks and received from them.
     """
@@ -60,6 +61,7 @@ class Ray:
     threads: int
     work_memory: int
     count: Mapping[str, Callable[[float], None]]
+    nodes: OrderedDict[Any, str] = field(default_factory=OrderedDict)
 
     @classmethod
     def at(
@@ -116,7 +118,9 @@ class _Running(Generic[Item, Found]):
     ) -> None:
         self._driver, self._context, self._task, self._pieces = driver, context, task, pieces
         self._ray = _ray()
-        self._submit = self._ray.remote(num_cpus=1, memory=driver.work_memory, max_retries=0)(work)
+        self._submit = self._ray.remote(num_cpus=1, memory=driver.work_memory, max_retries=0)(
+            _work_on_node
+        )
         self._left = deque(range(len(pieces)))
         self._attempts = [0] * len(pieces)
         self._running: dict[Any, int] = {}
@@ -140,7 +144,24 @@ class _Running(Generic[Item, Found]):
         seconds = None if deadline is None else deadline - time.monotonic()
         data = pickled((self._task, piece, seconds, self._driver.work_memory))
         self._driver.count["sent"](len(data))
-        return self._submit.remote(data)
+        return self._submit.options(scheduling_strategy=self._strategy(piece)).remote(data)
+
+    def _strategy(self, piece: Item) -> Any:
+        """Prefers the node of the last task on the same file, where it is in the page cache."""
+        node = self._driver.nodes.get(getattr(piece, "place", None))
+        if node is None:
+            return "SPREAD"
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+
+    def _found_at(self, piece: Item, node: str) -> None:
+        nodes, place = self._driver.nodes, getattr(piece, "place", None)
+        if place is not None:
+            nodes[place] = node
+            nodes.move_to_end(place)
+        while len(nodes) > MOST_PLACES:
+            nodes.popitem(last=False)
 
     def finished(self) -> Iterator[tuple[int, Found]]:
         """Yields the results of tasks that end within a moment."""
@@ -148,12 +169,13 @@ class _Running(Generic[Item, Found]):
         for reference in done:
             index = self._running.pop(reference)
             try:
-                data = self._ray.get(reference)
+                node, data = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from None  # a defect
             except self._ray.exceptions.RayError as error:
                 self._lost(index, error)
                 continue
+            self._found_at(self._pieces[index], node)
             self._driver.count["received"](len(data))
             result = pickle.loads(data)
             is_error = isinstance(result, RequestError)
@@ -238,42 +260,6 @@ def _ray() -> Any:
     return ray
 
 
-def work(data: bytes) -> bytes:
-    """Does a task in a process of the cluster. Returns its result, or its RequestError."""
-    try:
-        task, piece, seconds, work_memory = pickle.loads(data)
-        context = RequestContext(
-            deadline=None if seconds is None else time.monotonic() + seconds,
-            work_memory=work_memory,
-            scratch=Path(tempfile.gettempdir()),
-        )
-        with on_this_thread():
-            return pickled(task(context, backend_for(torch.device("cpu")), piece))
-    except RequestError as error:
-        return pickled(error)
-    except MemoryError:
-        return pickled(
-            OutOfMemory("call", "a task of the Ray cluster is out of memory; retry later")
-        )
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles the elements of a tensor, and not all of its storage."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return NotImplemented
-        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return _tensor, (data, value.dtype, tuple(value.shape))
-
-
-def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.view(shape)
-
-
-def pickled(value: Any) -> bytes:
-    """Pickles a task with its piece, or a result."""
-    into = io.BytesIO()
-    _Pickler(into, pickle.HIGHEST_PROTOCOL).dump(value)
-    return into.getvalue()
+def _work_on_node(data: bytes) -> tuple[str, bytes]:
+    """Does a task. Returns the id of the node, and what `work` returns."""
+    return _ray().get_runtime_context().get_node_id(), work(data)
