@@ -102,7 +102,7 @@ def not_smaller(output: str, zeros: int) -> str:
     return (
         "note: the file is as large as without zeros: `secateur shrink FOLDER -o SMALL` or "
         "output=shrunk with groups makes the model smaller, `secateur pack OUT -o SMALL` or "
-        "output=packed the file"
+        "output=packed makes its file smaller"
     )
 
 

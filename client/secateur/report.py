@@ -191,6 +191,10 @@ class Report(Displayed):
     warnings: tuple[ReportWarning, ...]
     shrinkage: Shrinkage | None = None
 
+    def without(self, code: str) -> "Report":
+        """Returns the report without its warnings of a code."""
+        return replace(self, warnings=tuple(w for w in self.warnings if w.code != code))
+
     @property
     def is_pruned(self) -> bool:
         """Whether a tensor has a mask."""

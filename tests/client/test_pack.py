@@ -133,6 +133,9 @@ def test_a_torch_file_and_a_folder_are_packed(
         f"from_pretrained cannot load the packed folder {out}: `secateur finalize {out} -o DENSE`"
     )
     assert said in capsys.readouterr().err
+    half = ["--method", "l1_unstructured", "--amount", "0.5", "--output", "packed"]
+    assert cli.main(["prune", str(folder), "-o", str(out), *half]) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_shards_are_packed_one_by_one(

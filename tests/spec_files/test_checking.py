@@ -47,6 +47,7 @@ def test_what_each_rule_matches_and_prunes(client: secateur.Client, tmp_path: Pa
     pruned = client.prune(MODEL, spec).report
     assert found.report is not None
     assert found.report.zeros == pruned.zeros
+    assert found.report.warnings == (), "no zeros were written"
     assert dict(found.report.tensors) == dict(pruned.tensors)
     lines = str(found).splitlines()
     place = f"{tmp_path}/spec.yaml:2"

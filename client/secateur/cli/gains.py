@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.architectures.transformer import CONFIG
+from secateur.cli.output import say
 from secateur.report import Report
 
 # As the notes of the server and of the client have them.
@@ -35,6 +36,15 @@ def smaller(report: Report, model: str, out: str | None) -> Report:
             message = message.replace(general, special)
         warnings.append(replace(warning, message=message))
     return replace(report, warnings=tuple(warnings))
+
+
+def say_of_packed_folder(out: str | None) -> None:
+    """Prints how to use a packed folder that from_pretrained would load if it were dense."""
+    if out is not None and Path(out, CONFIG).is_file():
+        say(
+            f"note: from_pretrained cannot load the packed folder {out}: `secateur finalize {out} "
+            "-o DENSE` makes it dense again, and secateur.load reads its tensors"
+        )
 
 
 def _command(name: str, path: Path, small: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from secateur.architectures.transformer import CONFIG
+from secateur.cli.gains import say_of_packed_folder
 from secateur.cli.group import Command
 from secateur.cli.options import model_options, out_option
 from secateur.cli.output import Printer, print_options, say
@@ -63,11 +63,8 @@ def command(model: str, key: str | None, out: str, layout: str, printer: Printer
     share = f", {after / before:.2f} of the dense {before:,}" if before else ""
     sizes = {"out": out, "bytes": after, "dense_bytes": before}
     printer.show(sizes, f"{out}: {after:,} bytes{share}")
-    if layout == "packed" and Path(path, CONFIG).is_file() and not printer.quiet:
-        say(
-            f"note: from_pretrained cannot load the packed folder {out}: `secateur finalize {out} "
-            "-o DENSE` makes it dense again, and secateur.load reads its tensors"
-        )
+    if layout == "packed" and not printer.quiet:
+        say_of_packed_folder(out)
     if before and after >= before:
         say(
             f"warning: {out} is not smaller than the dense {before:,} bytes, as the model has few "

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import click
 
-from secateur.cli.gains import smaller
+from secateur.cli.gains import say_of_packed_folder, smaller
 from secateur.cli.group import Command
 from secateur.cli.options import (
     Server,
@@ -62,8 +62,7 @@ def command(options: _Options, spec: SpecOptions, printer: Printer, server: Serv
     kept = {"checkpoint": result.checkpoint.name} if result.checkpoint else {}
     report = result.report
     if options.output in SMALLER:  # the client may have made it of masks
-        others = tuple(w for w in report.warnings if w.code != "NOT_SMALLER")
-        report = replace(report, warnings=others)
+        report = report.without("NOT_SMALLER")
     written = options.out if is_model(options.output) else None
     printer.report(smaller(report, options.model, written), kept)
     if not printer.quiet and _may_be_percent(spec.amount, report):
@@ -71,6 +70,8 @@ def command(options: _Options, spec: SpecOptions, printer: Printer, server: Serv
             f"note: --amount {spec.amount} is a number of units; for a share of them give "
             f"--amount {spec.amount}%"
         )
+    if options.output == "packed" and not printer.quiet:
+        say_of_packed_folder(options.out)
     if kept and not printer.json:
         printer.always(f"{'' if printer.quiet else 'kept as '}{kept['checkpoint']}")
 

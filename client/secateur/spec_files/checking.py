@@ -114,6 +114,7 @@ def check_spec(client: Client, source: Any, spec: Spec, prior: Prior = "masks") 
     if not problems:
         try:
             report = client.prune(model, spec, "none", False, prior=prior).report
+            report = report.without("NOT_SMALLER")  # nothing was pruned
         except InvalidSpec as error:
             problems = [str(error)]
     rules = tuple(_rule(spec, index, of, report) for index, of in enumerate(matched))

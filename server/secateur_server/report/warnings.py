@@ -336,7 +336,7 @@ def _not_smaller(pruning: Pruning) -> pb.Warning | None:
     text = (
         "zeros alone make a model neither smaller nor faster: `secateur shrink FOLDER -o SMALL` or "
         "output=shrunk with groups makes the model smaller, `secateur pack OUT -o SMALL` or "
-        "output=packed the file"
+        "output=packed makes its file smaller"
     )
     return pb.Warning(code=NOT_SMALLER, severity=pb.SEVERITY_NOTE, message=text)
 
