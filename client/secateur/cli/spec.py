@@ -50,6 +50,7 @@ def _check(
 
 
 @command.command("schema")
+@click.option("--json", is_flag=True, expose_value=False, help="as without it: a schema is JSON")
 def _schema() -> None:
     """Prints the JSON Schema of spec files, for editors."""
     print(json.dumps(spec_schema(), indent=2))
