@@ -129,7 +129,7 @@ class App:
         timeout = self._config.drain_timeout
         self._health.drain()
         self._interceptor.drain()
-        self._serving.begin_stop(timeout + CUT_OFF_SECONDS)
+        self._serving.begin_stop()
         if self._serving.is_alive and not self._serving.has_stopped(0.01):
             with self._new_calls_answered():
                 if not self._serving.has_stopped(timeout):

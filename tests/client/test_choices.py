@@ -269,7 +269,7 @@ GROUPED = {"method": "grouped", "amount": 1, "groups": [{"name": "g", "members":
         ({**SELECT, "granularity": {"heads": {}}}, r"granularity\.heads: 'head_dim' is missing"),
         ({**SELECT, "granularity": {"rows": {"n": 1}}}, "'n' is not an argument; there are none"),
         ({**SELECT, "amount": "150%"}, r"amount: 150% is outside \[0, 1\]"),
-        ({**SELECT, "amount": "5GB"}, "amount: '5GB' is not a number"),
+        ({**SELECT, "amount": "5GB"}, "amount: '5GB' is neither a number nor"),
         ({**SELECT, "amount": {"target_bytes": {"n": "5 apples"}}}, r"target_bytes\.n: '5 apples'"),
         ({**SELECT, "amount": {"target_bytes": {"n": "99999999TB"}}}, r"target_bytes\.n: "),
     ],

@@ -249,7 +249,7 @@ def test_scores_and_masks_of_wrong_types_are_named_by_their_tensor(
 
 
 def test_wrong_specs_and_patterns_are_refused(client: secateur.Client) -> None:
-    with pytest.raises(secateur.InvalidSpec, match="NoneType"):
+    with pytest.raises(secateur.InvalidSpec, match="is not a Spec; make one"):
         client.prune(MODEL, None)  # type: ignore[call-overload]
     for wrong in (5, "\ud800", [1]):
         with pytest.raises(secateur.InvalidSpec, match="tensors"):

@@ -142,7 +142,7 @@ def test_what_cannot_be_planned(client: secateur.Client) -> None:
     masks = secateur.custom_from_mask({"fc.bias": np.ones(5)})
     with pytest.raises(InvalidSpec, match=r"rules\[1\]"):
         client.plan(MODEL, SPEC + masks)
-    with pytest.raises(InvalidSpec, match="not dict"):
+    with pytest.raises(InvalidSpec, match="is not a Spec; make one"):
         client.plan(MODEL, {"rules": []})  # type: ignore[arg-type]
 
 

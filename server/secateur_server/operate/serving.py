@@ -24,10 +24,10 @@ class Serving:
         self._loop = _start(server)
         threading.Thread(target=self._watch, name="serving", daemon=True).start()
 
-    def begin_stop(self, timeout: float) -> None:
-        """Accepts no more connections and calls. Cancels running calls after `timeout` seconds."""
+    def begin_stop(self) -> None:
+        """Accepts no more connections and calls. Running calls go on until `end`."""
         with suppress(RuntimeError):  # gRPC starts a thread here, which may fail
-            self._server.stop(timeout)
+            self._server.stop(threading.TIMEOUT_MAX)
 
     def has_stopped(self, timeout: float) -> bool:
         """Waits `timeout` seconds for all calls to end. Returns whether they have ended."""
