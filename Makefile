@@ -60,7 +60,8 @@ lint: $(READY)
 	$(BIN)/buf format --diff --exit-code protos
 	tests/check_stubs.sh
 
-kernels: $(READY)  ## compile the kernels into numba's cache, beside the sources, by a server's warm-up
+kernels: $(READY)  ## compile the modules and, by a server's warm-up, the kernels, beside the sources
+	$(BIN)/python -m compileall -q client server protos
 	$(BIN)/python -c 'from secateur_server import app, config; \
 	    app.App(config.read_config(["--address", "127.0.0.1:0", "--metrics-address", ""])).stop()'
 
