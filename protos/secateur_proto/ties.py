@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 _ORIG, _MASK = "_orig", "_mask"
 
-# The metadata without which transformers reads no file. It is no tie, even of a tensor `pt`.
+# transformers refuses files without this metadata. It is not a tie, even of a tensor `pt`.
 FORMAT = ("format", "pt")
 
 

@@ -118,7 +118,7 @@ def _parsed(path: Path, text: str) -> Any:
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of JSON. A repeated key, of which json would take the last, is an error."""
+    """A mapping of JSON. Repeated keys are an error; json itself would take the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

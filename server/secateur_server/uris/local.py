@@ -15,10 +15,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from secateur_server.backends.mapping import map_file
-from secateur_server.errors import UriChanged, UriFailed, UriNotAllowed, UriNotFound, quote
+from secateur_server.errors import UriFailed, UriNotAllowed, UriNotFound, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import DurableFile
 from secateur_server.uris.multipart import Uploaded
+from secateur_server.uris.systems import changed
 from secateur_server.wire.writer import OutgoingFile, track_progress
 
 Bytes = bytes | memoryview
@@ -73,9 +74,7 @@ class LocalFile:
         now, before = os.fstat(self._fd), self.opened
         is_same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         if not is_same or (self._guard and self._guard.is_truncated):
-            raise UriChanged(
-                self._field, f"{quote(self.uri)} changed while it was read; send the request again"
-            )
+            raise changed(self._field, self.uri)
 
     @property
     def real_path(self) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur_server.runtime.context import RequestContext
-from secateur_server.uris.remote import CONCURRENT_RANGES, MAX_PARTS
+from secateur_server.uris.remote import CONCURRENT_RANGES, part_bytes
 from secateur_server.uris.requests import Requests
-from secateur_server.uris.systems import RANGE_BYTES, Prefixes, failed, open_system
+from secateur_server.uris.systems import Prefixes, failed, open_system
 from secateur_server.wire.writer import OutgoingFile, track_progress
 
 Bytes = bytes | memoryview
@@ -45,11 +45,11 @@ class MultipartPlace:
         Raises:
             UriFailed: The store failed, or the call has ended.
         """
-        size = max(RANGE_BYTES, -(-file.size // MAX_PARTS))
-        return self.upload_parts(context, _cut(track_progress(context, file.parts()), size))
+        parts = _cut(track_progress(context, file.parts()), part_bytes(file.size))
+        return self.upload_parts(context, parts)
 
     def upload_parts(self, context: RequestContext, parts: Iterable[bytes]) -> Uploaded:
-        """Uploads parts, of which CONCURRENT_RANGES are on their way at once."""
+        """Uploads parts, CONCURRENT_RANGES of them at once."""
         requests = Requests(self.timeout)
         prefixes = self.prefixes
         system, _ = open_system(context, self.field, self.uri, requests, prefixes)

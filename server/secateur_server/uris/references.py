@@ -12,10 +12,11 @@ from typing import Protocol
 from blake3 import blake3
 
 from secateur_server.backends.mapping import map_file
-from secateur_server.errors import StoreFull, UriChanged, UriFailed, quote
+from secateur_server.errors import StoreFull, UriFailed, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.remote import RemoteFile
 from secateur_server.uris.requests import Requests
+from secateur_server.uris.systems import changed
 from secateur_server.wire.mapped import MappedFile
 
 # Seconds after its last use that a fetched file is removed which `forget` did not reach.
@@ -86,7 +87,7 @@ class LocalReference:
             now = os.stat(self.path)
             is_same = (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
             if not is_same or (guard and guard.is_truncated):
-                raise _changed(self.field, self.uri)
+                raise changed(self.field, self.uri)
 
         check_unchanged()
         return MappedFile(self.filename, data, check_unchanged=check_unchanged)
@@ -130,7 +131,7 @@ class RemoteReference:
         requests = Requests(self.timeout)
         file = RemoteFile(context, self.field, self.uri, requests, self.prefixes)
         if file.version != self.version:
-            raise _changed(self.field, self.uri)
+            raise changed(self.field, self.uri)
         _remove_forgotten()
         with self._node_errors(), tempfile.NamedTemporaryFile(dir=_folder(), delete=False) as kept:
             try:
@@ -165,10 +166,6 @@ class RemoteReference:
 
     def forget(self) -> None:
         self._path.unlink(missing_ok=True)
-
-
-def _changed(field: str, uri: str) -> UriChanged:
-    return UriChanged(field, f"{quote(uri)} changed while it was read; send the request again")
 
 
 def _folder() -> Path:

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import (
-    UriChanged,
     UriFailed,
     quote,
 )
@@ -22,7 +21,14 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import full_disk
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
-from secateur_server.uris.systems import RANGE_BYTES, Prefixes, failed, not_found, open_system
+from secateur_server.uris.systems import (
+    RANGE_BYTES,
+    Prefixes,
+    changed,
+    failed,
+    not_found,
+    open_system,
+)
 
 Bytes = bytes | memoryview
 
@@ -31,6 +37,11 @@ CONCURRENT_RANGES = 4
 
 # S3 allows 10,000 parts in a multipart upload.
 MAX_PARTS = 9_000
+
+
+def part_bytes(size: int) -> int:
+    """The bytes of each part of an upload, so that a file of `size` has at most MAX_PARTS."""
+    return max(RANGE_BYTES, -(-size // MAX_PARTS))
 
 
 class RemoteFile:
@@ -151,9 +162,7 @@ class RemoteFile:
         except Exception as error:
             raise failed(self._field, self.uri, "read", error) from None
         if len(data) != length:
-            raise UriChanged(
-                self._field, f"{quote(self.uri)} changed while it was read; send the request again"
-            )
+            raise changed(self._field, self.uri)
         return data
 
     def check_unchanged(self) -> None:
@@ -163,9 +172,7 @@ class RemoteFile:
             UriChanged: Its size, time or ETag differs.
         """
         if _version(self._info()) != self.version:
-            raise UriChanged(
-                self._field, f"{quote(self.uri)} changed while it was read; send the request again"
-            )
+            raise changed(self._field, self.uri)
 
 
 def _version(info: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -204,7 +211,7 @@ class RemoteTarget:
         self._context, self._requests = context, requests
         self._field, self._uri = field, uri
         self._system, self._path = open_system(context, field, uri, requests, prefixes)
-        self._part = max(RANGE_BYTES, -(-size // MAX_PARTS))
+        self._part = part_bytes(size)
         self._file: Any = None
         self._is_open = True
         self._last: Future[None] | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from secateur_server.errors import (
     RequestError,
+    UriChanged,
     UriFailed,
     UriNotAllowed,
     UriNotFound,
@@ -99,6 +100,11 @@ def not_found(field: str, uri: str, error: FileNotFoundError) -> RequestError:
     if isinstance(cause, Exception) and (is_hidden or getattr(cause, "status", 404) != 404):
         return failed(field, uri, "read", cause)
     return UriNotFound(field, f"{quote(uri)} does not exist")
+
+
+def changed(field: str, uri: str) -> UriChanged:
+    """The error for a file that is not the one that was opened."""
+    return UriChanged(field, f"{quote(uri)} changed while it was read; send the request again")
 
 
 def failed(field: str, uri: str, what: str, error: Exception) -> RequestError:

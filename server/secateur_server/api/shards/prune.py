@@ -73,7 +73,7 @@ def _check_divisible(header: pb.PruneHeader) -> None:
 
 @dataclass(frozen=True)
 class _Pruning:
-    """A Prune of which all amounts are known for each file.
+    """A Prune whose amounts are all known for each file.
 
     Attributes:
         call: The call.

@@ -134,7 +134,7 @@ def read_head(context: RequestContext, backend: Backend, work: FileWork) -> Head
 
 
 def forget_file(context: RequestContext, backend: Backend, work: FileWork) -> None:
-    """Removes what was fetched of a file to this node."""
+    """Removes what this node has fetched of a file."""
     work.reference.forget()
     _opened.pop(work.reference, None)
 
