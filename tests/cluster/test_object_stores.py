@@ -1,5 +1,6 @@
 """Models in an object store: tasks fetch the files, and write them in parts."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,14 @@ from tests.uris.conftest import Bucket, bucket  # noqa: F401 (a fixture)
 
 MODELS = "s3://bucket/models"
 HALF = s.global_unstructured("*", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of fetched files that tests in other processes do not share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("node")))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load
@@ -54,6 +55,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in environment_of(endpoint).items():
             environment.setenv(name, value)
+        # fsspec caches a file system for each thread, with the endpoint of an earlier module.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         s3 = boto3.client("s3")
         s3.create_bucket(Bucket="bucket")
         made = Bucket(endpoint, s3)
