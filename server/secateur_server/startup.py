@@ -7,7 +7,8 @@ from functools import partial
 import grpc
 
 from secateur_proto.framing import CHUNK_BYTES
-from secateur_server.cut.drivers.ray import NoCluster, Ray
+from secateur_server.cut.drivers.link import NoCluster
+from secateur_server.cut.drivers.ray import Ray
 from secateur_server.operate.authentication import Authenticator
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.metrics_server import MetricsServer
@@ -106,7 +107,7 @@ def join_cluster(config: Config, metrics: Metrics) -> Ray | None:
 
     Args:
         config: The options.
-        metrics: They count tasks.
+        metrics: They show the cluster, and count tasks.
 
     Raises:
         CannotStart: Ray is missing, or no cluster answers.
@@ -114,9 +115,11 @@ def join_cluster(config: Config, metrics: Metrics) -> Ray | None:
     if config.ray_address is None:
         return None
     try:
-        return Ray.at(config.ray_address, config.work_memory, metrics.of_ray)
+        cluster = Ray.at(config.ray_address, config.work_memory, metrics.of_ray)
     except NoCluster as error:
         raise CannotStart(f"cannot use the Ray cluster (--ray-address): {error}") from None
+    metrics.show_cluster(lambda: cluster.cores)
+    return cluster
 
 
 def make_credentials(config: Config, metrics: Metrics) -> grpc.ServerCredentials | None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from secateur_server.cut.drivers.ray import NoCluster, Ray
+from secateur_server.cut.drivers.link import NoCluster
+from secateur_server.cut.drivers.ray import Ray
 from tests.conftest import run_command, start_command, stop_server
 
 

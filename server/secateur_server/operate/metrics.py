@@ -42,6 +42,7 @@ HELP = {
     "secateur_fetched_disk_bytes": "Bytes on disk of fetched files of running calls.",
     "secateur_ray_tasks_total": "Tasks of the Ray cluster, by outcome.",
     "secateur_ray_retries_total": "Tasks that Ray repeated, since it lost their process or node.",
+    "secateur_ray_cores": "Cores of the Ray cluster; 0: it does not answer, or there is none.",
     "secateur_ray_sent_bytes_total": "Bytes of tasks sent to the Ray cluster.",
     "secateur_ray_received_bytes_total": "Bytes of results received from the Ray cluster.",
     "secateur_uploads_broken_total": "Uploads whose connection broke.",
@@ -160,6 +161,7 @@ class Metrics:
             "sent": self._counter("secateur_ray_sent_bytes_total").inc,
             "received": self._counter("secateur_ray_received_bytes_total").inc,
         }
+        self._ray_cores = self._gauge("secateur_ray_cores")
 
     def _add_device_metrics(self, device: torch.device) -> None:
         self._show(
@@ -212,6 +214,10 @@ class Metrics:
     def show_fetched(self, held: Callable[[], int]) -> None:
         """Shows the bytes on disk of fetched files."""
         self._show({"secateur_fetched_disk_bytes": held})
+
+    def show_cluster(self, cores: Callable[[], int]) -> None:
+        """Shows the cores of the Ray cluster."""
+        self._ray_cores.set_function(cores)
 
     def began(self, call: RequestContext) -> None:
         """Counts a call that begins."""
