@@ -5,6 +5,8 @@ import signal
 import threading
 from pathlib import Path
 
+import torch
+
 from secateur_server.backends.protocol import Backend
 from secateur_server.errors import NanScores, QueueFull
 from secateur_server.runtime.context import RequestContext
@@ -27,7 +29,8 @@ def refuse(context: RequestContext, backend: Backend, number: int) -> int:
 
 
 def run_out(context: RequestContext, backend: Backend, number: int) -> int:
-    raise MemoryError
+    """Allocates more than there is, in Python or in torch."""
+    return len(b"\0" * (1 << 55)) if number else len(torch.empty(1 << 55, dtype=torch.uint8))
 
 
 def die_first(context: RequestContext, backend: Backend, folder: Path) -> int:

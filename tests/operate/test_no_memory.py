@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur_server.operate.statuses import _is_out_of_memory
+from secateur_server.runtime.memory import is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from secateur_server.operate.statuses import _is_out_of_memory
     ids=str,
 )
 def test_out_of_memory_errors_are_recognized(error: Exception) -> None:
-    assert _is_out_of_memory(error)
+    assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_out_of_memory_errors_are_recognized(error: Exception) -> None:
     ids=str,
 )
 def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
-    assert not _is_out_of_memory(error)
+    assert not is_out_of_memory(error)

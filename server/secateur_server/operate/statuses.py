@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
-import torch
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -28,12 +27,9 @@ from secateur_server.errors import (
 )
 from secateur_server.operate.calls import REQUEST_ID
 from secateur_server.runtime.context import RequestContext, cancelled_by_caller
-from secateur_server.runtime.disk import NO_RESOURCES
+from secateur_server.runtime.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
-
-# Messages of torch and Triton for failed allocations without an exception class of their own.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 @contextmanager
@@ -49,7 +45,7 @@ def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[No
     except Exception as error:
         if not call.is_active():  # cancelled, or past its deadline: nobody gets the status
             raise
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             log.warning("%s %s: no memory: %s", context.id, context.method, error)
             none_left = OutOfMemory("data", "the server is out of memory; retry later")
             _end(context, call, none_left)
@@ -110,11 +106,3 @@ def _is_cancelled(call: grpc.ServicerContext) -> bool:
     """
     ended = threading.Event()
     return not call.add_callback(ended.set) or ended.wait(0.1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno in NO_RESOURCES:
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -1,12 +1,28 @@
-"""Returns memory that requests have freed from the C library to the system."""
+"""Memory that requests have freed and that returns to the system, and allocations that fail."""
 
 import ctypes
 import threading
+
+import torch
+
+from secateur_server.runtime.disk import NO_RESOURCES
 
 # Seconds after the end of a request. Requests that end meanwhile are handled together.
 DELAY_SECONDS = 1.0
 # Kept for the next requests, since returning and allocating memory takes time.
 KEPT_BYTES = 64 << 20
+
+# Messages of torch and Triton for failed allocations without an exception class of their own.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an allocation has failed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in NO_RESOURCES:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 class Trimmer:

@@ -13,6 +13,7 @@ from secateur_server.backends import backend_for
 from secateur_server.backends.cores import on_this_thread
 from secateur_server.errors import OutOfMemory, RequestError
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.memory import is_out_of_memory
 
 
 def work(data: bytes) -> bytes:
@@ -28,7 +29,9 @@ def work(data: bytes) -> bytes:
             return pickled(task(context, backend_for(torch.device("cpu")), piece))
     except RequestError as error:
         return pickled(error)
-    except MemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return pickled(
             OutOfMemory("call", "a task of the Ray cluster is out of memory; retry later")
         )
