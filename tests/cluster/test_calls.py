@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,11 +13,17 @@ import pytest
 import torch
 
 import secateur as s
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto import spec_pb2
+from secateur_proto.checkpoint_pb2 import Progress
+from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.cluster.divided import INDEX, outcome, split, write_files
-from tests.conftest import PATIENCE, RunningServer, inner_server
+from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
+from tests.contract import raw
+from tests.contract.raw import check_serves
 from tests.contract.test_golden import check
+from tests.uris.served import Served, connected
 from tests.uris.served import check as check_failure
-from tests.uris.served import connected
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
@@ -99,6 +106,37 @@ def killing(most: float) -> Iterator[Callable[[], int]]:
     yield lambda: len(killed)
     ended.set()
     thread.join()
+
+
+def asked(source: str, destination: str) -> Any:
+    """The message of a Prune."""
+    fields = {"uri": source, "destination_uri": destination, "output": pb.OUTPUT_DENSE}
+    rule = raw.spec("*", scope=spec_pb2.SCOPE_GLOBAL)
+    return raw.message("Prune", header=raw.header("Prune", 0, spec=rule, **fields))
+
+
+@contextmanager
+def cancelled(served: Served, first: Any, is_there: Callable[[Progress], bool]) -> Iterator[None]:
+    """Cancels a call when a message of its progress is right. No task runs after the block."""
+    call = PrunerStub(served.channel).Prune(iter([first]), timeout=PATIENCE)
+    assert any(is_there(answer.progress) for answer in call), "the call ended before"
+    eventually(lambda: bool(busy()), True)
+    begin = time.monotonic()
+    call.cancel()
+    yield
+    eventually(busy, [])
+    print(f"no task {time.monotonic() - begin:.2f} s after the cancellation")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 0.8])
+def test_cancelled_calls_end(server: RunningServer, folder: Path, model: str, share: float) -> None:
+    target = folder / f"cancelled-{share}"
+    target.mkdir()
+    first = asked(model, f"{target.as_uri()}/{INDEX}")
+    with connected(server) as served:
+        with cancelled(served, first, lambda progress: progress.share >= share):
+            eventually(lambda: list(target.iterdir()), [])
+        check_serves(server, served.channel)
 
 
 def test_a_killed_process_changes_no_bit(
