@@ -13,9 +13,11 @@ from torch import Tensor
 import secateur as s
 from secateur_server.cut.drivers.ray import Ray
 from secateur_server.uris import references
+from secateur_server.uris.remote import RemoteFile
 from tests.cluster.divided import INDEX, InProcess, split, write_files
 from tests.conftest import PATIENCE, inner_server
 from tests.contract.golden_digests import plain_report
+from tests.storage.test_damage import small_disk
 from tests.uris.conftest import Bucket, bucket  # noqa: F401 (a fixture)
 
 MODELS = "s3://bucket/models"
@@ -117,6 +119,30 @@ def test_an_upload_that_fails_is_aborted(
     assert not bucket.uploads()
     assert not fetched()
     assert not [key for key in keys(bucket) if key.startswith("models/no/")]
+
+
+def test_a_file_that_does_not_fit_a_node_is_not_fetched(
+    clients: list[s.Client],
+    model: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[str] = []
+    save = RemoteFile.save
+
+    def spied(self: RemoteFile, *to: Any) -> None:
+        begun.append(self.uri)
+        save(self, *to)
+
+    monkeypatch.setattr(RemoteFile, "save", spied)
+    with small_disk(tmp_path / "disk", 8 << 20) as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(s.SecateurError, match="does not fit on the disk of node") as found:
+            clients[1].report(f"{MODELS}/{INDEX}")
+        assert not fetched()
+    assert found.value.reason == "STORE_FULL"
+    assert begun
+    assert not [uri for uri in begun if uri.endswith("model-0.safetensors")]  # the large one
 
 
 @pytest.mark.cluster

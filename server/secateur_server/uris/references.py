@@ -14,6 +14,7 @@ from blake3 import blake3
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import StoreFull, UriFailed, quote
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.disk import full_disk
 from secateur_server.uris.remote import RemoteFile
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.systems import changed
@@ -135,6 +136,7 @@ class RemoteReference:
         _remove_forgotten()
         with self._node_errors(), tempfile.NamedTemporaryFile(dir=_folder(), delete=False) as kept:
             try:
+                self._reserve(kept.fileno())
                 file.save(kept, lambda count: None)
                 file.check_unchanged()
                 os.replace(kept.name, self._path)
@@ -148,6 +150,12 @@ class RemoteReference:
             os.utime(self._path)
             data, _ = map_file(file.fileno())
         return MappedFile(self.filename, data)
+
+    def _reserve(self, descriptor: int) -> None:
+        """Takes the disk space now, so that a file that does not fit is not fetched."""
+        if self.size:
+            with full_disk():
+                os.posix_fallocate(descriptor, 0, self.size)
 
     @contextmanager
     def _node_errors(self) -> Iterator[None]:
