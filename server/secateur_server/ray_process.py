@@ -5,7 +5,6 @@ It does what the server's cut.drivers.link.Link says. It imports no torch, to st
 
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -44,11 +43,12 @@ class _Member:
         with self._lock, suppress(OSError):  # the server has ended, and this process will
             self._connection.send(message)
 
-    def beat(self) -> None:
+    def beat(self, ended: threading.Event) -> None:
         """Sends the cores of the cluster, again and again."""
-        while True:
+        is_running = True
+        while is_running:
             self._send("cores", int(self._ray.cluster_resources().get("CPU", 0)))
-            time.sleep(BEAT_SECONDS)
+            is_running = not ended.wait(BEAT_SECONDS)
 
     def submit(self, number: int, data: bytes, node: str | None) -> None:
         """Submits a task. It prefers a node, if one is given."""
@@ -91,10 +91,14 @@ def main(descriptor: str, address: str, work_memory: str) -> None:
         connection.send(("refused", " ".join(str(error).split())))
         return
     member = _Member(connection, ray, int(work_memory))
-    threading.Thread(target=member.beat, daemon=True).start()
+    ended = threading.Event()
+    beating = threading.Thread(target=member.beat, args=[ended], daemon=True)
+    beating.start()
     with suppress(EOFError):
         while message := connection.recv():
             getattr(member, message[0])(*message[1:])
+    ended.set()
+    beating.join(BEAT_SECONDS)  # it may wait for a cluster that does not answer
     ray.shutdown()
 
 

@@ -15,7 +15,7 @@ import torch
 import secateur as s
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
-from secateur_proto.checkpoint_pb2 import Progress
+from secateur_proto.checkpoint_pb2 import PHASE_READ, PHASE_WAIT, PHASE_WRITE, Progress
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.cluster.divided import INDEX, outcome, split, write_files
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
@@ -106,6 +106,19 @@ def killing(most: float) -> Iterator[Callable[[], int]]:
     yield lambda: len(killed)
     ended.set()
     thread.join()
+
+
+def test_progress_never_falls(server: RunningServer, folder: Path, model: str) -> None:
+    (folder / "progress").mkdir()
+    first = asked(model, f"{(folder / 'progress').as_uri()}/{INDEX}")
+    with connected(server) as served:
+        answers = list(PrunerStub(served.channel).Prune(iter([first]), timeout=PATIENCE))
+    *shown, result = answers
+    assert result.HasField("result")
+    shares = [answer.progress.share for answer in shown]
+    assert shares == sorted(shares)
+    phases = [answer.progress.phase for answer in shown]
+    assert phases == sorted(phases, key=[PHASE_WAIT, PHASE_READ, PHASE_WRITE].index)
 
 
 def asked(source: str, destination: str) -> Any:

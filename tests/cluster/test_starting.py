@@ -1,13 +1,15 @@
 """How a server joins a cluster, and how it does not start without one."""
 
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from secateur_server.cut.drivers.link import NoCluster
 from secateur_server.cut.drivers.ray import Ray
-from tests.conftest import run_command, start_command, stop_server
+from tests.conftest import eventually, run_command, start_command, start_server, stop_server
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +33,15 @@ def test_a_server_in_a_cluster_drains_at_sigterm(cluster: Any) -> None:
     """Ray installs handlers of signals, which would abort the process."""
     logged = stop_server(start_command("--ray-address", cluster.address))
     assert "stopped" in logged
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("default")
+def test_no_process_outlives_a_killed_server(cluster: Any) -> None:
+    server = start_server("--ray-address", cluster.address)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    assert children
+    server.process.kill()
+    eventually(lambda: [child for child in children.split() if Path("/proc", child).exists()], [])
+    server.process.wait()
+    shutil.rmtree(server.log.parent)
