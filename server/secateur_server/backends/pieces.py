@@ -108,12 +108,27 @@ class Piece:
 
     @property
     def place(self) -> None:
-        """As of cut.observe.Observed."""
+        """As of Observed."""
         return
 
     def read(self, context: RequestContext) -> "Sequence[Piece]":
-        """Returns the piece itself, which is in memory. See cut.observe.Observed."""
+        """Returns the piece itself, which is in memory."""
         return (self,)
+
+
+class Observed(Protocol):
+    """Units that are read where the task runs: a Piece, or a reference to pieces elsewhere."""
+
+    @property
+    def units(self) -> int:
+        """How many."""
+
+    @property
+    def place(self) -> object:
+        """What tells a driver where they are: equal for equal places. None: in this process."""
+
+    def read(self, context: RequestContext) -> Sequence[Piece]:
+        """Returns the units as pieces, in their order."""
 
 
 @dataclass(frozen=True)

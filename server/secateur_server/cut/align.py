@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from secateur_server.cut.decision import Decision, unit_costs
 from secateur_server.cut.guard_rails import Limits
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.granularity.group import Group
 from secateur_server.spec.rules import Selection
@@ -25,7 +25,7 @@ class _Choice(NamedTuple):
 
 def align(
     rule: Selection,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     decision: Decision,
 ) -> Decision:
@@ -57,7 +57,7 @@ def align(
     return replace(decision, counts=counts, threshold=None, ties=0, ties_pruned=0, cuts=())
 
 
-def _choice(rule: Selection, tensor: ScoredTensor, limit: Limits, kept: int) -> _Choice:
+def _choice(rule: Selection, tensor: RankedTensor, limit: Limits, kept: int) -> _Choice:
     """The multiples below and above a number of kept units, as far as bounds allow them."""
     step = rule.align or _suitable(rule.groups_by_name[tensor.name])
     most, least = tensor.candidates - limit.lowest, tensor.candidates - limit.highest
@@ -85,7 +85,7 @@ def _suitable(group: Group) -> int:
 
 def _rounded(
     rule: Selection,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     kept: Sequence[int],
     choices: Sequence[_Choice],
 ) -> list[int]:

@@ -12,10 +12,9 @@ from secateur_server.backends.pieces import Cut
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.decide import amount_to_prune, decide, is_plain
 from secateur_server.cut.decision import Decision
-from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.observe import observe_score
 from secateur_server.cut.rows import select_in_rows
-from secateur_server.cut.score import Ranking, score_dtype
+from secateur_server.cut.score import Ranked, Ranking, score_dtype
 from secateur_server.cut.scored import ScoredTensor
 from secateur_server.cut.select import select, threshold
 from secateur_server.cut.select_each import select_each
@@ -136,7 +135,7 @@ def cut_value(tensors: Sequence[ScoredTensor], cut: Cut) -> float | None:
 def with_cut(
     context: RequestContext,
     decision: Decision,
-    rankings: Sequence[Ranking],
+    rankings: Sequence[Ranked],
     cuts: Sequence[float | None],
 ) -> Decision:
     """Adds the highest of the tensors' own thresholds to a decision.
@@ -153,7 +152,7 @@ def with_cut(
     highest = max((cut for cut in cuts if cut is not None), default=None)
     if highest is None:
         return decision
-    at = observe_score(context, driver_for(context, rankings[0].device), rankings, highest)
+    at = observe_score(context, rankings[0].driver(context), rankings, highest)
     pruned = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
     value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
     return replace(decision, threshold=value, ties=ties, ties_pruned=sum(pruned))

@@ -6,10 +6,9 @@ from dataclasses import replace
 from secateur_server.cut.align import align
 from secateur_server.cut.allocation import ALLOCATIONS
 from secateur_server.cut.decision import Decision, changed_by, unit_costs
-from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.guard_rails import Limits, check_total, limits_of
 from secateur_server.cut.observe import observe_score
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Amount
@@ -19,7 +18,7 @@ from secateur_server.spec.rules import Selection
 def decide(
     context: RequestContext,
     rule: Selection,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     amounts: Sequence[Amount],
     at: str = "",
 ) -> list[Decision]:
@@ -71,7 +70,7 @@ def is_plain(rule: Selection) -> bool:
     return is_number and rule.allocation == "rank" and not has_bounds
 
 
-def amount_to_prune(rule: Selection, tensors: Sequence[ScoredTensor]) -> float:
+def amount_to_prune(rule: Selection, tensors: Sequence[RankedTensor]) -> float:
     """How much to prune of all tensors: units, or what they cost; rounded as torch does.
 
     Raises:
@@ -116,13 +115,13 @@ def units_to_prune(rule: Selection, names: Sequence[str], units: int, candidates
 
 def _decide_by_threshold(
     context: RequestContext,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     threshold: float,
 ) -> Decision:
     """Prunes all units below the threshold, within the limits."""
     rankings = [tensor.ranking for tensor in tensors]
-    driver = driver_for(context, rankings[0].device)
+    driver = rankings[0].driver(context)
     counts_at = observe_score(context, driver, rankings, threshold - rankings[0].offset)
     below = [count for count, _ in counts_at]
     counts = [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from secateur_server.backends.pieces import Cut
 from secateur_server.cut.choice import Bound
 from secateur_server.cut.guard_rails import Limits
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.spec.rules import Selection
 
 
@@ -32,13 +32,13 @@ class Decision:
     cuts: tuple[Cut | None, ...] = ()
 
 
-def unit_costs(rule: Selection, tensors: Sequence[ScoredTensor]) -> list[float]:
+def unit_costs(rule: Selection, tensors: Sequence[RankedTensor]) -> list[float]:
     """The cost of a unit of each tensor."""
     return [rule.amount.unit_cost(tensor.name, tensor.unit_bytes) for tensor in tensors]
 
 
 def changed_by(
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     counts: Sequence[int],
     least: Sequence[float],

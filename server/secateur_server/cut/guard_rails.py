@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Rail, Selection
@@ -24,7 +24,7 @@ class Limits:
 
 
 def limits_of(
-    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
+    context: RequestContext, rule: Selection, tensors: Sequence[RankedTensor]
 ) -> list[Limits]:
     """Computes the limits of each tensor.
 
@@ -35,7 +35,7 @@ def limits_of(
     return [_limits(rails.get(tensor.name), tensor) for tensor in context.each(tensors)]
 
 
-def _limits(rail: Rail | None, tensor: ScoredTensor) -> Limits:
+def _limits(rail: Rail | None, tensor: RankedTensor) -> Limits:
     if rail is None:
         return Limits(0, tensor.candidates)
     units = tensor.ranking.units
@@ -66,7 +66,7 @@ def check_total(
     field: str,
     what: str,
     total: float,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     costs: Sequence[float],
 ) -> None:

@@ -8,7 +8,6 @@ first pass over a large tensor.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from secateur_server.backends import Span, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import DIGIT_BITS, Ints, Piece
+from secateur_server.backends.pieces import DIGIT_BITS, Ints, Observed, Piece
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.scan import sample_places
 from secateur_server.cut.drivers import Driver
-from secateur_server.cut.score import Ranking, score_dtype
+from secateur_server.cut.score import Ranked, Ranking, score_dtype
 from secateur_server.runtime.context import RequestContext
 
 # Counts in all histograms of a pass, 8 bytes each: the most, and units of the pass for each count,
@@ -41,21 +40,6 @@ class Histogram:
 
     rows: dict[int, int]
     up_to: Ints
-
-
-class Observed(Protocol):
-    """Units that are read where the task runs: a Piece, or a reference to pieces elsewhere."""
-
-    @property
-    def units(self) -> int:
-        """How many."""
-
-    @property
-    def place(self) -> object:
-        """What tells a driver where they are: equal for equal places. None: in this process."""
-
-    def read(self, context: RequestContext) -> Sequence[Piece]:
-        """Returns the units as pieces, in their order."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +138,7 @@ def _width(units: int, rows: int, left: int, is_last: bool) -> int:
 
 
 def observe_key(
-    context: RequestContext, driver: Driver, members: Sequence[Sequence[Piece]], key: int
+    context: RequestContext, driver: Driver, members: Sequence[Sequence[Observed]], key: int
 ) -> list[list[tuple[int, int]]]:
     """Counts the candidates of each piece of each member with a key below `key`, and at it."""
     pieces = [piece for member in members for piece in member]
@@ -163,13 +147,14 @@ def observe_key(
 
 
 def _count_below(
-    context: RequestContext, backend: Backend, piece: Piece, key: int
+    context: RequestContext, backend: Backend, observed: Observed, key: int
 ) -> tuple[int, int]:
-    return backend.count_below(piece, key)
+    found = [backend.count_below(piece, key) for piece in context.each(observed.read(context))]
+    return sum(below for below, _ in found), sum(equal for _, equal in found)
 
 
 def observe_score(
-    context: RequestContext, driver: Driver, rankings: Sequence[Ranking], value: float
+    context: RequestContext, driver: Driver, rankings: Sequence[Ranked], value: float
 ) -> list[tuple[int, int]]:
     """Counts the candidates of each tensor with a score below `value`, and at it.
 

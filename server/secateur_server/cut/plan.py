@@ -9,17 +9,15 @@ from torch import Tensor
 
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.batches import are_many
-from secateur_server.backends.keys import score_at
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.norms import total
 from secateur_server.backends.pieces import PART, Cut, row_sums
 from secateur_server.cut.allocation import TABLES
 from secateur_server.cut.choice import Choice
-from secateur_server.cut.choose import choice_of, small_at_once, with_cut
+from secateur_server.cut.choose import small_at_once
 from secateur_server.cut.decide import decide, with_amounts
-from secateur_server.cut.decision import Decision
-from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.energy import energies
+from secateur_server.cut.outcomes import choices_of, cuts_of
 from secateur_server.cut.plan_small import (
     EachOutcome,
     is_planned_by_runs,
@@ -29,9 +27,11 @@ from secateur_server.cut.plan_small import (
 from secateur_server.cut.prune import apply_selection
 from secateur_server.cut.removed import ListedOutcome, Outcome, Removed, RemovedTable
 from secateur_server.cut.score import score_dtype
-from secateur_server.cut.scored import ScoredTensor, score_tensors, split_by_scope
-from secateur_server.cut.search import Query, search
-from secateur_server.cut.select import NO_CUT
+from secateur_server.cut.scored import (
+    ScoredTensor,
+    score_tensors,
+    split_by_scope,
+)
 from secateur_server.cut.small import are_small
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Amount
@@ -183,7 +183,7 @@ def _planned(
     tensors = score_tensors(context, rule, names, parameters, extras)
     dtype = score_dtype([tensor.ranking for tensor in tensors])
     decisions = decide(context, rule, tensors, amounts, at)
-    cuts = _cuts(context, tensors, decisions, dtype)
+    cuts = cuts_of(context, tensors, decisions, dtype)
     removed = [
         _removed(
             context,
@@ -195,45 +195,11 @@ def _planned(
         )
         for i, tensor in enumerate(context.each(tensors))
     ]
-    candidates = sum(tensor.candidates for tensor in tensors)
-    planned = []
-    for index, decision in enumerate(context.each(decisions)):
-        if rule.amount.threshold is not None:
-            scores = [None if c == NO_CUT else score_at(c.key, dtype) for c in cuts[index]]
-            decision = with_cut(context, decision, [tensor.ranking for tensor in tensors], scores)
-        choice = choice_of(rule, names, candidates, sum(decision.counts), decision)
-        planned.append((choice, {n: row[index] for n, row in zip(names, removed, strict=True)}))
-    return planned
-
-
-def _cuts(
-    context: RequestContext,
-    tensors: Sequence[ScoredTensor],
-    decisions: Sequence[Decision],
-    dtype: torch.dtype,
-) -> list[list[Cut]]:
-    """For each decision the cut of each tensor, in the common dtype."""
-    cuts: list[list[Cut | None]] = [
-        [
-            NO_CUT if count == 0 else known
-            for count, known in zip(
-                decision.counts, decision.cuts or [None] * len(tensors), strict=True
-            )
-        ]
-        for decision in context.each(decisions)
+    choices = choices_of(context, rule, names, tensors, decisions, cuts, dtype)
+    return [
+        (choice, {n: row[index] for n, row in zip(names, removed, strict=True)})
+        for index, choice in enumerate(choices)
     ]
-    # Tensors that guard rails or shares cut elsewhere than at the common threshold.
-    missing = [(d, s) for d, row in enumerate(cuts) for s, cut in enumerate(row) if cut is None]
-    queries = [
-        Query((s,), (0,), (tensors[s].candidates,), decisions[d].counts[s]) for d, s in missing
-    ]
-    rankings = [tensor.ranking for tensor in tensors]
-    driver = driver_for(context, rankings[0].device)
-    result = search(context, driver, rankings, queries, dtype) if queries else []
-    for (d, s), division in zip(context.each(missing), result, strict=True):
-        ties = division.counts[0] - division.below[0]
-        cuts[d][s] = Cut(division.key, ties, division.equal[0])
-    return [[cut for cut in row if cut is not None] for row in cuts]
 
 
 def _removed(
@@ -245,7 +211,7 @@ def _removed(
     dtype: torch.dtype,
 ) -> list[Removed]:
     """What each of the cuts of a tensor prunes. `counts` are of units."""
-    driver = driver_for(context, tensor.ranking.device)
+    driver = tensor.ranking.driver(context)
     if tensor.costs is None:
         result, whole = energies(
             context, driver, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +11,37 @@ from torch import Tensor
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import INFINITY
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.pieces import Piece, Scores, Stored
+from secateur_server.backends.pieces import Observed, Piece, Scores, Stored
 from secateur_server.backends.randomness import random_scores
 from secateur_server.backends.scan import Sample, Scan
+from secateur_server.cut.drivers import Driver, driver_for
 from secateur_server.errors import NanScores
 from secateur_server.granularity import Granularity
 from secateur_server.importance import Importance
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
+
+
+class Ranked(Protocol):
+    """Units of a tensor with their scores, in this process or elsewhere."""
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the scores compare without loss."""
+
+    @property
+    def offset(self) -> float:
+        """What was subtracted from the scores so that none is negative; 0 or less."""
+
+    def driver(self, context: RequestContext) -> Driver:
+        """Returns the driver of the scores."""
+
+    def pieces(self, dtype: torch.dtype, size: int) -> Sequence[Observed]:
+        """Returns all units in pieces of at most `size`, to be compared as `dtype`."""
 
 
 class Ranking(NamedTuple):
@@ -59,6 +82,10 @@ class Ranking(NamedTuple):
         assert values is not None, "random scores are not stored"
         return values
 
+    def driver(self, context: RequestContext) -> Driver:
+        """Returns the driver of the scores."""
+        return driver_for(context, self.device)
+
     def piece(self, dtype: torch.dtype, begin: int, end: int) -> Piece:
         """Returns the units [begin, end), to be compared as `dtype`. `begin` is a multiple of 8."""
         candidates = None if self.candidates is None else self.candidates.part(begin, end)
@@ -73,7 +100,13 @@ class Ranking(NamedTuple):
         return self.units if self.candidates is None else self.candidates.kept(context)
 
 
-def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
+def in_this_process(rankings: Sequence[Ranked]) -> list[Ranking] | None:
+    """Returns the same rankings if all their scores are in this process, else None."""
+    here = [ranking for ranking in rankings if isinstance(ranking, Ranking)]
+    return here if len(here) == len(rankings) else None
+
+
+def score_dtype(rankings: Sequence[Ranked]) -> torch.dtype:
     """Returns the dtype in which all scores compare without loss."""
     return reduce(torch.promote_types, {ranking.dtype for ranking in rankings})
 

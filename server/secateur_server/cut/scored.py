@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Scores, Stored
 from secateur_server.cut.elements import replacement, score_parameter, score_rows, with_products
 from secateur_server.cut.normalize import combined, normalized
-from secateur_server.cut.score import Ranking, refuse_nan
+from secateur_server.cut.score import Ranked, Ranking, refuse_nan
 from secateur_server.errors import quote
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import expand_group
@@ -22,6 +23,30 @@ from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
 Masks = dict[str, Mask]
+
+
+class RankedTensor(Protocol):
+    """A tensor, or a group, whose scores are in this process or elsewhere."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor or group."""
+
+    @property
+    def ranking(self) -> Ranked:
+        """The scores."""
+
+    @property
+    def candidates(self) -> int:
+        """How many units are still unpruned."""
+
+    @property
+    def unit_bytes(self) -> int | None:
+        """Bytes of a unit; None if units differ."""
+
+    @property
+    def sparse_share(self) -> float:
+        """By ERK, the density is in proportion to this; 0 for a group."""
 
 
 @dataclass(frozen=True)

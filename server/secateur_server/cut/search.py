@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import Ints, Piece
+from secateur_server.backends.pieces import Ints, Observed, Piece
 from secateur_server.backends.protocol import Backend
 from secateur_server.cut.drivers import Driver
-from secateur_server.cut.observe import Histogram, Observed, observe_digits
-from secateur_server.cut.score import Ranking
+from secateur_server.cut.observe import Histogram, observe_digits
+from secateur_server.cut.score import Ranked, Ranking, in_this_process
 from secateur_server.cut.sorted_keys import FEW, SortedKeys, is_sorting_faster
 from secateur_server.runtime.context import RequestContext
 
@@ -69,7 +69,7 @@ class Division:
 def search(
     context: RequestContext,
     driver: Driver,
-    rankings: Sequence[Ranking],
+    rankings: Sequence[Ranked],
     queries: Sequence[Query],
     dtype: torch.dtype,
 ) -> list[Division]:
@@ -89,14 +89,14 @@ def search(
     Returns:
         One division for each query.
     """
-    if all(len(query.members) == 1 and query.costs is None for query in queries) and all(
-        ranking.units <= FEW for ranking in rankings
-    ):
-        return _search_each(context, driver, rankings, queries, dtype)
+    here = in_this_process(rankings)
+    are_single = all(len(query.members) == 1 and query.costs is None for query in queries)
+    if here and are_single and all(ranking.units <= FEW for ranking in here):
+        return _search_each(context, driver, here, queries, dtype)
     searches = [Search(query, dtype) for query in context.each(queries)]
     are_of_all = all(len(query.members) == len(rankings) for query in queries)
-    if are_of_all and is_sorting_faster(rankings):
-        keys = SortedKeys(context, driver, rankings, dtype)
+    if here and are_of_all and is_sorting_faster(here):
+        keys = SortedKeys(context, driver, here, dtype)
         for one in context.each(searches):
             one.find(keys)
     else:

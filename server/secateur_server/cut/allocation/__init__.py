@@ -15,7 +15,7 @@ from secateur_server.cut.allocation.rank import decide_by_rank
 from secateur_server.cut.allocation.shares import decide_by_erk, decide_uniformly
 from secateur_server.cut.decision import Decision
 from secateur_server.cut.guard_rails import Limits
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Table
 from secateur_server.spec.rules import Selection
@@ -29,7 +29,7 @@ class Allocation(Protocol):
         self,
         context: RequestContext,
         rule: Selection,
-        tensors: Sequence[ScoredTensor],
+        tensors: Sequence[RankedTensor],
         limits: Sequence[Limits],
         targets: Sequence[float],
     ) -> list[Decision]:

@@ -21,11 +21,11 @@ from secateur_server.backends.protocol import Backend
 from secateur_server.backends.scan import SPACING
 from secateur_server.cut.allocation.rank import decide_by_score, queries_of
 from secateur_server.cut.decision import Decision
-from secateur_server.cut.drivers import Driver, driver_for
+from secateur_server.cut.drivers import Driver
 from secateur_server.cut.guard_rails import Limits
 from secateur_server.cut.observe import observe_sample, observe_squares
-from secateur_server.cut.score import Ranking
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.score import Ranking, in_this_process
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.cut.search import Division, Query, search
 from secateur_server.cut.sorted_keys import FEW, is_sorting_faster
 from secateur_server.runtime.context import RequestContext
@@ -67,13 +67,14 @@ class Window:
 def decide_by_lamp(
     context: RequestContext,
     rule: Selection,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     targets: Sequence[float],
 ) -> list[Decision]:
     """Decides as Allocation says, by LAMP scores."""
-    rankings = [tensor.ranking for tensor in tensors]
-    find = partial(search_by_lamp, context, driver_for(context, rankings[0].device), rankings)
+    rankings = in_this_process([tensor.ranking for tensor in tensors])
+    assert rankings, "LAMP is not divided"
+    find = partial(search_by_lamp, context, rankings[0].driver(context), rankings)
     queries = queries_of(limits, targets)
     decisions = decide_by_score(context, tensors, limits, queries, find, torch.float64)
     # The cuts are not known in the tensors' own scores.

@@ -9,10 +9,9 @@ import torch
 from secateur_server.backends.keys import score_at
 from secateur_server.backends.pieces import Cut
 from secateur_server.cut.decision import Decision, changed_by, unit_costs
-from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.guard_rails import Limits
 from secateur_server.cut.score import score_dtype
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.cut.search import Division, Query, search
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
@@ -21,13 +20,13 @@ from secateur_server.spec.rules import Selection
 def decide_by_rank(
     context: RequestContext,
     rule: Selection,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     targets: Sequence[float],
 ) -> list[Decision]:
     """Decides as Allocation says, by the scores themselves."""
     rankings = [tensor.ranking for tensor in tensors]
-    driver, dtype = driver_for(context, rankings[0].device), score_dtype(rankings)
+    driver, dtype = rankings[0].driver(context), score_dtype(rankings)
     costs = None if rule.amount.budget is None else tuple(unit_costs(rule, tensors))
     find = partial(search, context, driver, rankings, dtype=dtype)
     queries = queries_of(limits, targets, costs)
@@ -46,7 +45,7 @@ def queries_of(
 
 def decide_by_score(
     context: RequestContext,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     queries: Sequence[Query],
     find: Callable[[Sequence[Query]], list[Division]],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from secateur_server.cut.decision import Decision, changed_by
 from secateur_server.cut.guard_rails import Limits
-from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.scored import RankedTensor
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 
@@ -13,7 +13,7 @@ from secateur_server.spec.rules import Selection
 def decide_uniformly(
     context: RequestContext,
     rule: Selection,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     targets: Sequence[float],
 ) -> list[Decision]:
@@ -25,7 +25,7 @@ def decide_uniformly(
 def decide_by_erk(
     context: RequestContext,
     rule: Selection,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     targets: Sequence[float],
 ) -> list[Decision]:
@@ -40,7 +40,7 @@ def decide_by_erk(
 
 def _decide(
     context: RequestContext,
-    tensors: Sequence[ScoredTensor],
+    tensors: Sequence[RankedTensor],
     limits: Sequence[Limits],
     targets: Sequence[float],
     shares: Sequence[float],
