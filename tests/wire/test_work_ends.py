@@ -14,7 +14,7 @@ import secateur
 from secateur_proto import plan_pb2
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_server.api.convert.plan import encode_plan
+from secateur_server.api.convert.plan import encode_plan, unplanned
 from secateur_server.api.convert.report import encode_report
 from secateur_server.backends import cores
 from secateur_server.cut.plan import plan
@@ -76,10 +76,8 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
     if is_plan:
         assert isinstance(rules[0], Selection)
         outcomes = plan(context, rules[0], AMOUNTS, PARAMETERS, {})
-        covered = [PARAMETERS[name] for name in rules[0].tensors]
-        weights = [parameter.weight for parameter in covered]
-        pruned_before = [parameter.count_pruned(context) for parameter in covered]
-        for _ in encode_plan(context, outcomes, rules[0].tensors, weights, pruned_before):
+        before = {name: unplanned(context, PARAMETERS[name]) for name in rules[0].tensors}
+        for _ in encode_plan(context, outcomes, before):
             pass
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})

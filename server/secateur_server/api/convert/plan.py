@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
@@ -25,6 +25,7 @@ from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import AMOUNTS, Amount
 from secateur_server.spec.rules import Rule, Selection
+from secateur_server.state_dict.parameter import Parameter
 
 MOST_AMOUNTS = 1000
 
@@ -64,31 +65,36 @@ def decode_amounts(
     return planned, amounts or [planned.amount]
 
 
+class Unplanned(NamedTuple):
+    """A tensor before the planned rule."""
+
+    elements: int
+    element_bytes: int
+    pruned: int
+
+
+def unplanned(context: RequestContext, parameter: Parameter) -> Unplanned:
+    """Describes a parameter before the planned rule."""
+    weight = parameter.weight
+    return Unplanned(weight.numel(), weight.element_size(), parameter.count_pruned(context))
+
+
 def encode_plan(
-    context: RequestContext,
-    outcomes: Sequence[Outcome],
-    names: Sequence[str],
-    weights: Sequence[Tensor],
-    pruned: Sequence[int],
+    context: RequestContext, outcomes: Sequence[Outcome], before: Mapping[str, Unplanned]
 ) -> Iterator[bytes]:
     """Encodes the amounts of a PruningPlan, one by one: they may hold millions of tensors.
 
     Args:
         context: The request.
         outcomes: One for each amount.
-        names: The tensors that are planned.
-        weights: Of each tensor.
-        pruned: Elements of each tensor that are pruned already.
+        before: The tensors that are planned, by their names.
 
     Yields:
         Parts of the field `amounts`.
     """
-    planned = PlannedTensors(
-        texts(1, names),
-        np.array([weight.numel() for weight in weights], np.int64),
-        np.array(pruned, np.int64),
-        np.array([weight.element_size() for weight in weights], np.int64),
-    )
+    names = list(before)
+    elements, sizes, pruned = np.array(list(before.values()), np.int64).reshape(-1, 3).T
+    planned = PlannedTensors(texts(1, names), elements, pruned, sizes)
     of_choices = _Names()
     for outcome in context.each(outcomes):
         choices = outcome.choices
