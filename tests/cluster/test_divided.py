@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import grpc
 import pytest
 import torch
 from hypothesis import given
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur as s
+from secateur.amounts import encode_amounts
+from secateur_proto import pruner_pb2 as pb
 from secateur_server.cut.drivers.ray import Ray
 from tests.cluster.divided import InProcess, outcome, split, write_files
-from tests.conftest import PATIENCE, examples, inner_server
+from tests.conftest import PATIENCE, RunningServer, examples, inner_server
 from tests.contract.test_golden import check
 
 EVERY = "*.weight"
@@ -27,7 +31,7 @@ SPECS = {
     "all": s.global_unstructured(EVERY, 1.0),
     "none": s.global_unstructured(EVERY, 0.0),
     "tensor": s.l1_unstructured(EVERY, 0.4),
-    "rails": s.select(EVERY, 0.4, guard_rails={"max_sparsity": 0.3, "keep_first": True}),
+    "rails": s.select("m*.weight", 0.2, guard_rails={"max_sparsity": 0.3}),
     "rows": s.ln_structured("m*.weight", 0.3, 2, 0),
     "global rows": s.select("m*.weight", 0.3, s.magnitude(2), s.slices(0), "global"),
     "2:4": s.n_m_structured("m*.weight"),
@@ -37,14 +41,53 @@ SPECS = {
     "twice": s.l1_unstructured(EVERY, 0.2) + s.global_unstructured(EVERY, 0.3),
     "global twice": s.global_unstructured("m*.weight", 0.2) + s.global_unstructured(EVERY, 0.3),
 }
-# What needs more of the other files than summaries is left to the server.
-UNDIVIDED = {
-    "lamp": s.lamp(EVERY, 0.4),
-    "erk": s.erk(EVERY, 0.4),
-    "global threshold": s.select(EVERY, s.threshold(0.5), scope="global"),
-    "normalized": s.select(EVERY, 0.4, scope="global", normalization="norm"),
-    "global rails": s.select(EVERY, 0.4, scope="global", guard_rails={"max_sparsity": 0.5}),
+RAILS: dict[str, Any] = {
+    "max_sparsity": 0.5,
+    "keep_first": True,
+    "exclude": "m2*",
+    "per_tensor": {
+        "m5*": s.rail(min_sparsity=0.3, max_sparsity=0.35),
+        "m*": s.rail(keep_at_least=3, min_sparsity=0.1),
+    },
 }
+OPERATIONS = {f"m{i}.weight": 0.1 + i for i in (0, 2, 3, 4, 5, 9)}
+# Every other tensor is in another file than the one before.
+ACROSS = {
+    "rails": s.select(EVERY, 0.4, scope="global", guard_rails=RAILS),
+    "isomorphic rails": s.select("m*.weight", 0.3, scope="isomorphic", guard_rails=RAILS),
+    "rails and rows": s.select(
+        "m*.weight", 0.4, s.magnitude(2), s.slices(0), "global", guard_rails={"max_sparsity": 0.5}
+    ),
+    "rails and 2:4": s.select(
+        "m*.weight", 0.4, s.magnitude(1), s.n_m(), "global", guard_rails={"max_sparsity": 0.5}
+    ),
+    "too much for rails": s.select(EVERY, 0.9, scope="global", guard_rails=RAILS),
+    "too little for rails": s.select(EVERY, 0.1, scope="global", guard_rails={"min_sparsity": 0.2}),
+    "too many": s.global_unstructured(EVERY, 10_000),
+    "threshold": s.select(EVERY, s.threshold(0.7), scope="global"),
+    "threshold between rails": s.select(EVERY, s.threshold(0.7), scope="global", guard_rails=RAILS),
+    "bytes": s.select(EVERY, s.target_bytes(2000), scope="global"),
+    "bytes of rows": s.select(
+        "m*.weight", s.target_bytes(1500), s.magnitude(2), s.slices(0), "global"
+    ),
+    "operations": s.select("m*.weight", s.target_macs(1234.5, OPERATIONS), scope="global"),
+    "uniform": s.select(EVERY, 0.4, scope="global", allocation="uniform", guard_rails=RAILS),
+    "erk": s.erk(EVERY, 0.4),
+    "erk of all": s.select(EVERY, 0.6, scope="global", allocation="erk", of_all=True),
+    "mean": s.select(EVERY, 0.4, scope="global", normalization="mean"),
+    "norm": s.select(
+        "m*.weight", 0.4, s.magnitude(1), s.slices(0), "isomorphic", normalization="norm"
+    ),
+    "z-scores": s.select(EVERY, 0.4, scope="global", normalization="z_score"),
+    "z-scores below": s.select(
+        EVERY, s.threshold(-0.3), scope="global", normalization="z_score", guard_rails=RAILS
+    ),
+    "random between rails": s.select(EVERY, 0.4, s.random(2), scope="global", guard_rails=RAILS),
+    "twice": s.select(EVERY, 0.2, scope="global", guard_rails=RAILS) + s.erk("m*.weight", 0.3),
+}
+FAILING = {f"across: too {what}" for what in ("much for rails", "little for rails", "many")}
+# What needs more of the other files than summaries is left to the server.
+UNDIVIDED = {"lamp": s.lamp(EVERY, 0.4)}
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +97,14 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def local(folder: Path) -> Iterator[s.Client]:
-    with (
-        inner_server("--allow-path", str(folder)) as server,
-        s.Client(server.address, timeout=PATIENCE) as client,
-    ):
+def local_server(folder: Path) -> Iterator[RunningServer]:
+    with inner_server("--allow-path", str(folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def local(local_server: RunningServer) -> Iterator[s.Client]:
+    with s.Client(local_server.address, timeout=PATIENCE) as client:
         yield client
 
 
@@ -68,15 +114,18 @@ def cluster() -> InProcess:
 
 
 @pytest.fixture(scope="module")
-def divided(folder: Path, cluster: InProcess) -> Iterator[s.Client]:
-    """A client of a server with a cluster."""
+def divided_server(folder: Path, cluster: InProcess) -> Iterator[RunningServer]:
+    """A server with a cluster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ray, "at", lambda *_: cluster)
-        with (
-            inner_server("--allow-path", str(folder), "--ray-address", "auto") as server,
-            s.Client(server.address, timeout=PATIENCE) as client,
-        ):
-            yield client
+        with inner_server("--allow-path", str(folder), "--ray-address", "auto") as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def divided(divided_server: RunningServer) -> Iterator[s.Client]:
+    with s.Client(divided_server.address, timeout=PATIENCE) as client:
+        yield client
 
 
 def model(seed: int, has_ties: bool, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -112,8 +161,11 @@ cases = st.tuples(
 )
 
 
-@pytest.mark.parametrize("method", SPECS)
-@examples(25)
+ALL = SPECS | {f"across: {name}": spec for name, spec in ACROSS.items()}
+
+
+@pytest.mark.parametrize("method", ALL)
+@examples(12)
 @given(cases)
 def test_files_give_the_bits_of_one_server(
     folder: Path, local: s.Client, divided: s.Client, method: str, case: tuple[object, ...]
@@ -123,32 +175,104 @@ def test_files_give_the_bits_of_one_server(
         files = files_of(model(seed, has_ties, dtype), count)  # type: ignore[arg-type]
         uri = write_files(Path(made) / "in", files)
         expected, found = (
-            outcome(client, uri, SPECS[method], output, Path(made) / name, prior=prior)
+            outcome(client, uri, ALL[method], output, Path(made) / name, prior=prior)
             for name, client in (("local", local), ("divided", divided))
         )
     assert found == expected
 
 
-@pytest.mark.parametrize("method", [*SPECS, *UNDIVIDED])
+AMOUNTS = {"": [], "many": [0.5, 0.0, 7, 0.05, 1.0, 0.3, 0.5], "too many": [0.3, 10_000]}
+
+
+@pytest.mark.parametrize("method", [*ALL, *UNDIVIDED])
+@examples(8)
+@given(cases, st.sampled_from(list(AMOUNTS)))
+def test_a_plan_of_files_has_the_bytes_of_one_server(
+    folder: Path,
+    local_server: RunningServer,
+    divided_server: RunningServer,
+    method: str,
+    case: tuple[object, ...],
+    amounts: str,
+) -> None:
+    seed, has_ties, dtype, count, _, prior = case
+    spec = {**ALL, **UNDIVIDED}[method]
+    with TemporaryDirectory(dir=folder) as made:
+        files = files_of(model(seed, has_ties, dtype), count)  # type: ignore[arg-type]
+        uri = write_files(Path(made) / "in", files)
+        expected, found = (
+            planned(server, uri, spec, AMOUNTS[amounts], prior == "zeros")
+            for server in (local_server, divided_server)
+        )
+    assert found == expected
+
+
+def planned(
+    server: RunningServer, uri: str, spec: s.Spec, amounts: list[float], has_zeros: bool
+) -> bytes | str:
+    """The bytes of a plan, or the error."""
+    header = pb.PlanHeader(
+        uri=uri,
+        spec=spec.encode(())[0],
+        amounts=encode_amounts(amounts) if amounts else [],
+        prior=pb.PRIOR_ZEROS if has_zeros else pb.PRIOR_MASKS,
+    )
+    with grpc.insecure_channel(server.address) as channel:
+        call: Any = channel.stream_unary(
+            "/secateur.v1.Pruner/Plan", pb.PlanRequest.SerializeToString
+        )
+        try:
+            return bytes(call(iter([pb.PlanRequest(header=header)]), timeout=PATIENCE))
+        except grpc.RpcError as error:
+            return str(error.details())
+
+
+@pytest.mark.parametrize("method", [*ALL, *UNDIVIDED])
 def test_what_needs_other_files_is_left_to_the_server(
     folder: Path, local: s.Client, divided: s.Client, cluster: InProcess, method: str
 ) -> None:
     cluster.tasks.clear()
     with TemporaryDirectory(dir=folder) as made:
         uri = write_files(Path(made) / "in", files_of(model(0, False, torch.float32), 3))
-        spec = {**SPECS, **UNDIVIDED}[method]
+        spec = {**ALL, **UNDIVIDED}[method]
         expected, found = (
             outcome(client, uri, spec, "dense", Path(made) / name)
             for name, client in (("local", local), ("divided", divided))
         )
     assert found == expected
-    assert ("prune_file" in cluster.tasks) == (method in SPECS)
+    worked = {"prune_file", "summarize"} & set(cluster.tasks)
+    assert bool(worked) == (method not in UNDIVIDED)
+    assert ("error" in found) == (method in FAILING)
+
+
+@pytest.mark.parametrize("are_beside", [True, False])
+def test_scales_are_read_where_their_tensors_are(
+    folder: Path, local: s.Client, divided: s.Client, cluster: InProcess, are_beside: bool
+) -> None:
+    cluster.tasks.clear()
+    numbers = torch.Generator().manual_seed(0)
+    tensors = [
+        {f"conv{i}": torch.randn(9, 4, generator=numbers), f"norm{i}": torch.randn(9)}
+        for i in range(3)
+    ]
+    files = tensors if are_beside else split({k: v for of in tensors for k, v in of.items()}, 4)
+    scales = {f"conv{i}": f"norm{i}" for i in range(3)}
+    spec = s.select("conv*", 0.4, s.magnitude(1), s.slices(0), "global", scales=scales)
+    with TemporaryDirectory(dir=folder) as made:
+        uri = write_files(Path(made) / "in", files)
+        expected, found = (
+            outcome(client, uri, spec, "dense", Path(made) / name)
+            for name, client in (("local", local), ("divided", divided))
+        )
+    assert found == expected
+    assert "error" not in found
+    assert ("prune_file" in cluster.tasks) == are_beside
 
 
 def test_results_of_files_are_golden(divided: s.Client, folder: Path, cluster: InProcess) -> None:
     cluster.tasks.clear()
     check("uris", divided, folder)
-    assert {"measure_file", "prune_file", "_count_digits"} <= set(cluster.tasks)
+    assert {"measure_file", "prune_file", "_each"} <= set(cluster.tasks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,5 +286,5 @@ def test_few_bytes_cross_for_a_pass(
         uri = write_files(Path(made) / "in", split(tensors, 4))
         outcome(divided, uri, s.global_unstructured("*", 0.5), "dense", Path(made) / "out")
     passes = {torch.float32: 2, torch.bfloat16: 1}[dtype]
-    assert [task for task, _ in cluster.crossed].count("_count_digits") == passes * 4
+    assert [task for task, _ in cluster.crossed].count("_each") == passes * 4
     assert max(size for _, size in cluster.crossed) <= 2 << 20

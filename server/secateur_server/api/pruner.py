@@ -8,10 +8,10 @@ from secateur_proto.codec import Data
 from secateur_server.api.answers import Answers
 from secateur_server.api.convert.server_info import encode_server_info
 from secateur_server.api.finalize import decode_finalize, finalize_call
-from secateur_server.api.plan import decode_plan, plan_call
+from secateur_server.api.plan import decode_plan
 from secateur_server.api.prune import decode_prune
 from secateur_server.api.rules import extras_of, streamed_of
-from secateur_server.api.shards.calls import divided_prune, divided_report
+from secateur_server.api.shards.calls import divided_plan, divided_prune, divided_report
 from secateur_server.api.stream import open_request
 from secateur_server.cut.drivers import Cluster
 from secateur_server.errors import InvalidRequest
@@ -85,7 +85,8 @@ class Pruner:
         """Predicts a Prune for many amounts. Returns a PlanResponse, encoded."""
         first, data = open_request(messages, self._count(context))
         rules = decode_plan(context, first.header)
-        return plan_call(self._sources, Call(context, first.header, data, extras_of(rules)), rules)
+        call = Call(context, first.header, data, extras_of(rules))
+        return divided_plan(self._sources, self._cluster, call, rules)
 
     def Finalize(
         self, messages: Iterator[pb.FinalizeRequest | Data], context: RequestContext

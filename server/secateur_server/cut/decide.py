@@ -1,6 +1,6 @@
 """Decides how many units are pruned of each tensor, where units of several tensors are compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from secateur_server.cut.align import align
@@ -37,6 +37,8 @@ def decide(
     Raises:
         AmountOutOfRange: Guard rails forbid an amount, or there are fewer units.
     """
+    if amounts[0].counts is not None:
+        return [_decided(amount.counts or {}, tensors) for amount in context.each(amounts)]
     limits = limits_of(context, rule, tensors)
     if (threshold := amounts[0].threshold) is not None:
         decision = _decide_by_threshold(context, tensors, limits, threshold)
@@ -53,6 +55,11 @@ def decide(
         align(one, tensors, limits, decision)
         for one, decision in zip(context.each(asked), decisions, strict=True)
     ]
+
+
+def _decided(counts: Mapping[str, int], tensors: Sequence[RankedTensor]) -> Decision:
+    found = tuple(counts[tensor.name] for tensor in tensors)
+    return Decision(found, sum(found))
 
 
 def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Selection]:

@@ -66,7 +66,7 @@ def normalized(
     """
     names, candidates = [ranking.name for ranking in rankings], [r.candidates for r in rankings]
     scales = _scales(context, rule, names, [ranking.values for ranking in rankings], candidates)
-    floor = min([0.0, *(scale.least for scale in scales)])
+    floor = min([rule.floor, *(scale.least for scale in scales)])
     return [
         ranking._replace(
             scores=Stored(_scaled(context, ranking.values, scale, floor)),

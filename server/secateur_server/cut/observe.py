@@ -5,6 +5,7 @@ and, where it is asked for, the sum of their squares. A sample of the keys bound
 first pass over a large tensor.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,11 @@ from secateur_server.cut.drivers import Driver
 from secateur_server.cut.score import Ranked, Ranking, score_dtype
 from secateur_server.runtime.context import RequestContext
 
-# Counts in all histograms of a pass, 8 bytes each: the most, and units of the pass for each count,
-# so that histograms do not take longer than the pass. Digits of LEAST_BITS are always allowed.
+# Counts in all histograms of a pass, 8 bytes each: the most, the most of a place elsewhere, and
+# units of the pass for each count, so that histograms do not take longer than the pass. Digits of
+# LEAST_BITS are allowed for any number of units.
 MOST_COUNTS = 1 << 24
+MOST_COUNTS_OF_PLACE = 1 << 17
 UNITS_OF_COUNT = 16
 LEAST_BITS = 8
 
@@ -85,7 +88,9 @@ def observe_digits(
     units = sum(piece.units for member in members for piece in member)
     # Several chunks a thread end at about the same time; each has a histogram.
     chunks = _chunks(context, members, dtype, prefixes, driver.threads * (1 if is_last else 4))
-    width = _width(units, sum(len(chunk.prefixes) for chunk in chunks), left, is_last)
+    count = sum(len(chunk.prefixes) for chunk in chunks)
+    most = min(MOST_COUNTS // count, MOST_COUNTS_OF_PLACE // max(1, _most_rows_elsewhere(chunks)))
+    width = _width(units, count, most, left, is_last)
     parts = driver.map(context, partial(_count_digits, shift=left - width, width=width), chunks)
     histograms: dict[int, Histogram] = {}
     for chunk, part in zip(chunks, parts, strict=True):
@@ -128,13 +133,30 @@ def _chunks(
     ]
 
 
-def _width(units: int, rows: int, left: int, is_last: bool) -> int:
-    """The bits of the next digit: as many as fit, or fewer if that takes as many passes."""
+def _most_rows_elsewhere(chunks: Sequence[_Chunk]) -> int:
+    """The most rows of the histograms that another process returns."""
+    rows: Counter[object] = Counter()
+    for chunk in chunks:
+        if chunk.place is not None:
+            rows[chunk.place] += len(chunk.prefixes)
+    return max(rows.values(), default=0)
+
+
+def _width(units: int, rows: int, most: int, left: int, is_last: bool) -> int:
+    """The bits of the next digit: as many as fit, or fewer if that takes as many passes.
+
+    Args:
+        units: Of the pass.
+        rows: Of all histograms.
+        most: The most counts of a row.
+        left: Bits that are not known yet.
+        is_last: As for observe_digits.
+    """
     if is_last:
         return (left - 1) % DIGIT_BITS + 1
-    digits = min(MOST_COUNTS // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
-    most = min(left, DIGIT_BITS, max(1, digits.bit_length() - 1))
-    return -(-left // -(-left // most))
+    digits = min(most, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
+    bits = min(left, DIGIT_BITS, max(1, digits.bit_length() - 1))
+    return -(-left // -(-left // bits))
 
 
 def observe_key(

@@ -185,7 +185,7 @@ def _planned(
     decisions = decide(context, rule, tensors, amounts, at)
     cuts = cuts_of(context, tensors, decisions, dtype)
     removed = [
-        _removed(
+        removed_of(
             context,
             tensor,
             parameters[tensor.name],
@@ -202,7 +202,7 @@ def _planned(
     ]
 
 
-def _removed(
+def removed_of(
     context: RequestContext,
     tensor: ScoredTensor,
     parameter: Parameter,
@@ -210,7 +210,16 @@ def _removed(
     cuts: Sequence[Cut],
     dtype: torch.dtype,
 ) -> list[Removed]:
-    """What each of the cuts of a tensor prunes. `counts` are of units."""
+    """Returns what each of some cuts of a tensor prunes.
+
+    Args:
+        context: The request.
+        tensor: With its scores.
+        parameter: The same tensor.
+        counts: Units that each cut prunes.
+        cuts: With keys of `dtype`. Sums are rounded in the order of all these cuts.
+        dtype: In which the scores are compared.
+    """
     driver = tensor.ranking.driver(context)
     if tensor.costs is None:
         result, whole = energies(

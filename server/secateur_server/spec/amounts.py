@@ -34,12 +34,14 @@ class Amount(Protocol):
         is_share: Whether it is a fraction or a count of the units, the same for all tensors.
         is_per_tensor: Whether it differs from tensor to tensor, so that tensors cannot be compared.
         counted: The name of what a budget counts, for errors.
+        counts: The number of units of each tensor, by its name, if it is decided already.
     """
 
     field: ClassVar[str]
     is_share: ClassVar[bool] = False
     is_per_tensor: ClassVar[bool] = False
     counted: ClassVar[str] = "units"
+    counts: "Mapping[str, int] | None" = None
 
     @property
     def is_everything(self) -> bool:
@@ -237,6 +239,15 @@ class Table(Amount):
             context, path, list(self.fractions), known, lambda index: f"{path}[{index}].tensors"
         )
         return Table({name: fractions[index] for name, index in first.items()})
+
+
+@dataclass(frozen=True)
+class Counts(Amount):
+    """A number of unpruned units of each tensor, which was decided. No request has it."""
+
+    counts: Mapping[str, int]
+
+    field = "count"
 
 
 def _threshold(context: RequestContext, selection: pb.Selection, path: str) -> Threshold:

@@ -76,6 +76,8 @@ class Selection:
         groups: Slices of several tensors that are pruned together.
         combination: Makes the score of a group's unit from the scores of its members.
         normalization: Brings the scores of several tensors to one scale.
+        floor: The lowest normalized score of tensors in other files that are compared with these;
+            0 at most. No request has it.
         allocation: Divides the amount among tensors whose units are compared.
         guard_rails: Bounds on what is pruned.
         row_dims: The dimension of rows by name or glob; in a resolved rule, by name. Of others 0.
@@ -94,6 +96,7 @@ class Selection:
     groups: tuple[Group, ...] = ()
     combination: Combination = "mean"
     normalization: Normalization | None = None
+    floor: float = 0.0
     allocation: Allocation = "rank"
     guard_rails: GuardRails = GuardRails()
     row_dims: Mapping[str, int] = field(default_factory=dict)

@@ -5,9 +5,11 @@ from contextlib import ExitStack, suppress
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_server.api.answers import Made
+from secateur_server.api.plan import plan_call
 from secateur_server.api.prune import prune_call
 from secateur_server.api.report import report_call
 from secateur_server.api.shards.model import NotDivisible
+from secateur_server.api.shards.plan import plan_files
 from secateur_server.api.shards.prune import prune_files
 from secateur_server.api.shards.report import report_files
 from secateur_server.cut.drivers import Cluster
@@ -23,6 +25,16 @@ def divided_report(
         with suppress(NotDivisible):
             return report_files(sources, cluster, call)
     return report_call(sources, call)
+
+
+def divided_plan(
+    sources: Sources, cluster: Cluster | None, call: Call[pb.PlanHeader], asked: Sequence[Rule]
+) -> bytes:
+    """Makes the answer of a call of Plan. The arguments are those of plan_call."""
+    if cluster is not None:
+        with suppress(NotDivisible):
+            return plan_files(sources, cluster, call, asked)
+    return plan_call(sources, call, asked)
 
 
 def divided_prune(

@@ -1,9 +1,9 @@
 """Prune: each file is pruned, measured and written by a task."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 from secateur_proto import pruner_pb2 as pb
@@ -11,10 +11,9 @@ from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.checkpoint import file_message
 from secateur_server.api.convert.report import report_of
-from secateur_server.api.rules import reads_of
-from secateur_server.api.shards.decide import decide_across
+from secateur_server.api.shards.decide import Applied, after_rules, works_of
 from secateur_server.api.shards.model import DividedModel, NotDivisible, divided_model, worked
-from secateur_server.api.shards.rules import DividedRule, Names, divided_rules
+from secateur_server.api.shards.rules import DividedRule, divided_rules
 from secateur_server.api.shards.work import FileWork, Part, Place, PruneWork, prune_file
 from secateur_server.api.shards.write import SharedTarget, put_in_place, targets_of
 from secateur_server.backends.masks import Mask
@@ -81,8 +80,7 @@ class _Pruning:
         asked: The rules of the request.
         divided: The same rules, resolved.
         works: Each file with its rules.
-        lengths: How many rules of each file each rule became.
-        decided: The choices among units of several files.
+        applied: What became of each rule.
     """
 
     call: Call[pb.PruneHeader]
@@ -90,8 +88,7 @@ class _Pruning:
     asked: Sequence[Rule]
     divided: Sequence[DividedRule]
     works: Sequence[FileWork]
-    lengths: Sequence[Sequence[int]]
-    decided: Sequence[Mapping[Names, Choice]]
+    applied: Sequence[Applied]
 
     @property
     def rules(self) -> list[Selection]:
@@ -100,44 +97,16 @@ class _Pruning:
 
 
 def _decided(call: Call[pb.PruneHeader], model: DividedModel, asked: Sequence[Rule]) -> _Pruning:
-    """Decides the amounts of all rules. Each rule sees the masks of those before it."""
+    """Decides the amounts of all rules."""
     context, header = call.context, call.header
     rules = resolve(context, asked, model.catalog)
     if header.output == pb.OUTPUT_REPARAMETRIZED:
         _check_names(rules, model)
     divided = divided_rules(context, rules, model)
-    works, lengths = _works(header, model, rules), []
-    decided: list[Mapping[Names, Choice]] = []
-    for one in divided:
-        counts: dict[Names, Sequence[int]] = {}
-        choices: dict[Names, Choice] = {}
-        for compared in one.across:
-            found = decide_across(context, model, one.rule, compared, works)
-            counts[compared.names], choices[compared.names] = found
-        more = [one.of_file(index, counts) for index in range(len(works))]
-        works = [
-            replace(work, rules=(*work.rules, *rules_of_file))
-            for work, rules_of_file in zip(works, more, strict=True)
-        ]
-        lengths.append([len(rules_of_file) for rules_of_file in more])
-        decided.append(choices)
-    return _Pruning(call, model, asked, divided, works, lengths, decided)
-
-
-def _works(header: pb.PruneHeader, model: DividedModel, rules: Sequence[Rule]) -> list[FileWork]:
-    """Each file before the first rule."""
-    reads = reads_of(rules)
-    named = {name for rule in rules for name in rule.names()}
-    zeros = named if header.prior == pb.PRIOR_ZEROS else ()
     is_whole = bool(header.destination_uri) and OUTPUTS[header.output].needs_all_tensors
-    return [
-        FileWork(
-            reference,
-            None if is_whole else tuple(name for name in catalog.prunable if name in reads),
-            tuple(name for name in catalog.prunable if name in zeros),
-        )
-        for reference, catalog in zip(model.references, model.catalogs, strict=True)
-    ]
+    works = works_of(model, rules, header.prior, is_whole)
+    works, applied = after_rules(context, model, works, divided)
+    return _Pruning(call, model, asked, divided, works, applied)
 
 
 def _check_names(rules: Sequence[Rule], model: DividedModel) -> None:
@@ -208,11 +177,9 @@ def _report(pruning: _Pruning, parts: Sequence[Part]) -> SparsityReport:
 def _choices(pruning: _Pruning, parts: Sequence[Part]) -> Iterator[Sequence[Choice]]:
     """The choices of each rule."""
     left = [iter(part.choices) for part in parts]
-    for one, lengths, decided in zip(
-        pruning.divided, pruning.lengths, pruning.decided, strict=True
-    ):
+    for one, (lengths, decided) in zip(pruning.divided, pruning.applied, strict=True):
         of_rules = (
             next(of_file) for of_file, n in zip(left, lengths, strict=True) for _ in range(n)
         )
-        found = list(chain.from_iterable(of_rules))
+        found = chain.from_iterable(of_rules)
         yield one.choices(pruning.call.context, found, decided)

@@ -1,15 +1,13 @@
 """Divides rules among the files of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from secateur_server.api.shards.model import DividedModel, NotDivisible
 from secateur_server.cut.allocation import TABLES
 from secateur_server.cut.choice import Choice
-from secateur_server.cut.decide import is_plain
 from secateur_server.cut.scored import split_by_scope
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.amounts import Count
 from secateur_server.spec.rules import Rule, Selection
 
 # Names of tensors whose units are compared.
@@ -52,31 +50,33 @@ class DividedRule:
     @property
     def across(self) -> list[Compared]:
         """The tensors that are compared across files."""
-        return [one for one in self.compared if is_comparing(self.rule) and one.is_across]
+        return [one for one in self.compared if self._is_across(one)]
 
-    def of_file(self, index: int, counts: Mapping[Names, Sequence[int]]) -> list[Selection]:
+    def _is_across(self, compared: Compared) -> bool:
+        return is_comparing(self.rule) and compared.is_across
+
+    def of_file(self, index: int, across: Mapping[Names, Sequence[Selection]]) -> list[Selection]:
         """Returns rules that together do to the tensors of a file what the rule does to them.
 
         Args:
             index: Of the file.
-            counts: The units to prune in each file, of tensors that are compared across files.
+            across: For tensors that are compared across files the rule of each file. Other such
+                tensors are left out.
         """
         rules = []
         if self.empty[index]:
             rules.append(replace(self.rule, tensors=self.empty[index]))
         for compared in self.compared:
-            rule, part = self.rule, compared.parts[index]
-            if not part:
+            if not (part := compared.parts[index]):
                 continue
-            if is_comparing(rule):
-                rule = replace(rule, scope="global")
-            if compared.names in counts:
-                rule = replace(rule, amount=Count(counts[compared.names][index]), of_all=False)
-            rules.append(replace(rule, tensors=part))
+            if compared.names in across:
+                rules.append(across[compared.names][index])
+            elif not self._is_across(compared):
+                rules.append(only(self.rule, part))
         return rules
 
     def choices(
-        self, context: RequestContext, found: Sequence[Choice], decided: Mapping[Names, Choice]
+        self, context: RequestContext, found: Iterable[Choice], decided: Mapping[Names, Choice]
     ) -> list[Choice]:
         """Puts the choices of all files in the order of those of one server.
 
@@ -90,6 +90,12 @@ class DividedRule:
         by_names = {choice.tensors: choice for choice in found} | dict(decided)
         in_order = [*empty, *split_by_scope(context, self.rule, names)]
         return [by_names[those] for those in in_order]
+
+
+def only(rule: Selection, names: Names) -> Selection:
+    """Returns the rule for some tensors, all of which it compares if it compares any."""
+    scope = "global" if is_comparing(rule) else rule.scope
+    return replace(rule, tensors=names, scope=scope)
 
 
 def is_comparing(rule: Selection) -> bool:
@@ -111,7 +117,7 @@ def divided_rules(
 def _divided(context: RequestContext, rule: Rule, model: DividedModel) -> DividedRule:
     if not isinstance(rule, Selection) or rule.groups or rule.extras():
         raise NotDivisible
-    if rule.scales or rule.allocation in TABLES:
+    if rule.allocation in TABLES or not _are_scales_beside(rule, model):
         raise NotDivisible
     shapes = model.catalog.prunable
     empty = [name for name in rule.tensors if 0 in shapes[name]]
@@ -119,6 +125,15 @@ def _divided(context: RequestContext, rule: Rule, model: DividedModel) -> Divide
     sets = split_by_scope(context, rule, names) if is_comparing(rule) else [tuple(names)]
     compared = [Compared(those, model.divide(those)) for those in sets if those]
     divided = DividedRule(rule, model.divide(empty), compared)
-    if divided.across and (rule.normalization is not None or not is_plain(rule)):
+    if divided.across and rule.allocation == "lamp":  # it sums up scores in their order
         raise NotDivisible
     return divided
+
+
+def _are_scales_beside(rule: Selection, model: DividedModel) -> bool:
+    """Whether the scales of each tensor are in its file."""
+    pairs = rule.scales.items()
+    return all(
+        any(name in of.prunable and scales in of.prunable for of in model.catalogs)
+        for name, scales in pairs
+    )

@@ -5,18 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from secateur_server.api.convert.report import encode_tensors, report_of
-from secateur_server.backends import backend_for
-from secateur_server.backends.pieces import Piece
 from secateur_server.backends.protocol import Backend
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.prior import prune_zeros
 from secateur_server.cut.prune import prune
-from secateur_server.cut.score import Ranking, score_dtype
-from secateur_server.cut.scored import score_tensors
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import Change, changes_of
@@ -33,9 +28,8 @@ from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
 from secateur_server.wire.tensors import WireTensor
 from secateur_server.wire.writer import OutgoingFile
 
-# What a process of the cluster keeps for the next task: mapped files, which take no memory, and
-# scores.
-KEPT_FILES, KEPT_SCORES = 32, 4
+# Mapped files that a process of the cluster keeps for the next task. They take no memory.
+KEPT_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -66,48 +60,6 @@ class FileWork:
 
 
 @dataclass(frozen=True)
-class Units:
-    """The units of a file that are compared with those of other files. See cut.observe.Observed.
-
-    Attributes:
-        work: The file, with the rules before this one.
-        rule: For those tensors of the file whose units are compared.
-        token: Differs between all units of all calls.
-        units: How many.
-        dtype: In which all scores are compared.
-    """
-
-    work: FileWork
-    rule: Selection
-    token: str
-    units: int = 0
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.work.size
-
-    @property
-    def place(self) -> Reference:
-        """The file, so that its next task is on the same node."""
-        return self.work.reference
-
-    def read(self, context: RequestContext) -> list[Piece]:
-        size = backend_for(torch.device("cpu")).ranked
-        rankings = _rankings(context, self)
-        return [piece for ranking in rankings for piece in ranking.pieces(self.dtype, size)]
-
-
-class Summary(NamedTuple):
-    """What is known of units before their scores are counted."""
-
-    units: int
-    candidates: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class Opened:
     """A file that this process has mapped.
 
@@ -125,7 +77,6 @@ class Opened:
 
 
 _opened: OrderedDict[Reference, Opened] = OrderedDict()
-_scored: OrderedDict[tuple[str, Reference], Sequence[Ranking]] = OrderedDict()
 
 
 def read_head(context: RequestContext, backend: Backend, work: FileWork) -> Header:
@@ -145,15 +96,8 @@ def measure_file(context: RequestContext, backend: Backend, work: FileWork) -> b
     names = state_dict.catalog.prunable if work.names is None else work.names
     measured = measure_tensors(context, {name: state_dict.parameters[name] for name in names})
     encoded = encode_tensors(measured)
-    _close(work.reference)
+    close_file(work.reference)
     return encoded
-
-
-def summarize(context: RequestContext, backend: Backend, units: Units) -> Summary:
-    """Scores units, and counts them."""
-    rankings = _rankings(context, units)
-    candidates = sum(ranking.count_candidates(context) for ranking in rankings)
-    return Summary(sum(r.units for r in rankings), candidates, score_dtype(rankings))
 
 
 class Written(NamedTuple):
@@ -229,7 +173,7 @@ def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> P
     part = Part(tensors, changes, [list(of_rule) for of_rule in choices], masks)
     if asked.target:
         part = replace(part, file=_write(context, asked.target, *files))
-    _close(work.reference)
+    close_file(work.reference)
     return part
 
 
@@ -260,14 +204,20 @@ def _open(context: RequestContext, reference: Reference) -> Opened:
     if reference not in _opened:
         file = reference.open(context)
         _opened[reference] = Opened(file, *map_header(context, file))
-        _forget(_opened, KEPT_FILES)
+        forget(_opened, KEPT_FILES)
     _opened.move_to_end(reference)
     return _opened[reference]
 
 
-def _close(reference: Reference) -> None:
+def close_file(reference: Reference) -> None:
     """Forgets a file after the last task on it. Raises UriChanged if it has changed."""
     _opened.pop(reference).file.check_unchanged()
+
+
+def state_before(context: RequestContext, work: FileWork) -> dict[str, Parameter]:
+    """Returns the parameters to read of a file, after the rules of the work."""
+    prior = _prior(context, work, _state_dict(context, work))
+    return {**prior, **prune(context, prior, work.rules, {})[0]}
 
 
 def _prior(context: RequestContext, work: FileWork, state_dict: StateDict) -> dict[str, Parameter]:
@@ -275,20 +225,7 @@ def _prior(context: RequestContext, work: FileWork, state_dict: StateDict) -> di
     return prune_zeros(context, state_dict.parameters, work.zeros)
 
 
-def _rankings(context: RequestContext, units: Units) -> Sequence[Ranking]:
-    """The scores of units, after the rules before."""
-    key = units.token, units.work.reference
-    if key not in _scored:
-        prior = _prior(context, units.work, _state_dict(context, units.work))
-        state = {**prior, **prune(context, prior, units.work.rules, {})[0]}
-        scored = score_tensors(context, units.rule, units.rule.tensors, state, {})
-        _scored[key] = [tensor.ranking for tensor in scored]
-        _forget(_scored, KEPT_SCORES)
-    _scored.move_to_end(key)
-    return _scored[key]
-
-
-def _forget(kept: OrderedDict[Any, Any], most: int) -> None:
+def forget(kept: OrderedDict[Any, Any], most: int) -> None:
     """Forgets what has not been used for the longest time."""
     while len(kept) > most:
         kept.popitem(last=False)
