@@ -31,7 +31,7 @@ SPECS = {
     "all": s.global_unstructured(EVERY, 1.0),
     "none": s.global_unstructured(EVERY, 0.0),
     "tensor": s.l1_unstructured(EVERY, 0.4),
-    "rails": s.select("m*.weight", 0.2, guard_rails={"max_sparsity": 0.3}),
+    "rails": s.select("m*.weight", 0.2, guard_rails={"max_sparsity": 0.8}),
     "rows": s.ln_structured("m*.weight", 0.3, 2, 0),
     "global rows": s.select("m*.weight", 0.3, s.magnitude(2), s.slices(0), "global"),
     "2:4": s.n_m_structured("m*.weight"),

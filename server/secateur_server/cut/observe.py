@@ -56,8 +56,8 @@ class _Chunk:
 
     @property
     def place(self) -> object:
-        """Where the pieces are."""
-        return self.pieces[0].place
+        """Where the pieces are. Members without units have none."""
+        return self.pieces[0].place if self.pieces else None
 
 
 def observe_digits(
