@@ -57,13 +57,19 @@ def model(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path, model: str) -> dict[str, Any]:
-    """What a server without a cluster makes of the model."""
+def local(folder: Path) -> Iterator[s.Client]:
+    """A client of a server without a cluster."""
     with (
-        inner_server("--allow-path", str(folder)) as local,
-        s.Client(local.address, timeout=PATIENCE) as client,
+        inner_server("--allow-path", str(folder)) as server,
+        s.Client(server.address, timeout=PATIENCE) as client,
     ):
-        return outcome(client, model, HALF, "dense", folder / "expected")
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, model: str, local: s.Client) -> dict[str, Any]:
+    """What a server without a cluster makes of the model."""
+    return outcome(local, model, HALF, "dense", folder / "expected")
 
 
 def test_results_are_golden(client: s.Client, folder: Path) -> None:
@@ -75,6 +81,23 @@ def test_a_report_and_a_prune_are_those_of_one_server(
     client: s.Client, folder: Path, model: str, expected: dict[str, Any]
 ) -> None:
     assert outcome(client, model, HALF, "dense", folder / "found") == expected
+
+
+RAILS: dict[str, Any] = {"max_sparsity": 0.55, "keep_first": True, "exclude": "w3"}
+
+
+def test_rules_with_bounds_are_those_of_one_server(
+    client: s.Client, folder: Path, model: str, local: s.Client
+) -> None:
+    spec = s.select("*", 0.3, scope="global", guard_rails=RAILS)
+    found, expected = (
+        outcome(of, model, spec, "masks", folder / f"bounds-{name}")
+        for name, of in (("found", client), ("expected", local))
+    )
+    assert found == expected
+    spec += s.select("*", 0.2, scope="global", normalization="z_score")
+    amounts = [0.1, 0.5, 1000]
+    assert client.plan(model, spec, amounts) == local.plan(model, spec, amounts)
 
 
 def busy() -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 import secateur as s
 from secateur.amounts import encode_amounts
 from secateur_proto import pruner_pb2 as pb
+from secateur_server.backends import batches
 from secateur_server.cut.drivers.ray import Ray
 from tests.cluster.divided import InProcess, outcome, split, write_files
 from tests.conftest import PATIENCE, RunningServer, examples, inner_server
@@ -158,6 +159,7 @@ cases = st.tuples(
     st.integers(1, 6),
     st.sampled_from(["none", "masks", "dense", "reparametrized", "packed"]),
     st.sampled_from(["masks", "zeros"]),
+    st.sampled_from([0, batches.FEW]),  # so many small tensors are not yet a batch
 )
 
 
@@ -170,8 +172,9 @@ ALL = SPECS | {f"across: {name}": spec for name, spec in ACROSS.items()}
 def test_files_give_the_bits_of_one_server(
     folder: Path, local: s.Client, divided: s.Client, method: str, case: tuple[object, ...]
 ) -> None:
-    seed, has_ties, dtype, count, output, prior = case
-    with TemporaryDirectory(dir=folder) as made:
+    seed, has_ties, dtype, count, output, prior, few = case
+    with TemporaryDirectory(dir=folder) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "FEW", few)
         files = files_of(model(seed, has_ties, dtype), count)  # type: ignore[arg-type]
         uri = write_files(Path(made) / "in", files)
         expected, found = (
@@ -195,9 +198,10 @@ def test_a_plan_of_files_has_the_bytes_of_one_server(
     case: tuple[object, ...],
     amounts: str,
 ) -> None:
-    seed, has_ties, dtype, count, _, prior = case
+    seed, has_ties, dtype, count, _, prior, few = case
     spec = {**ALL, **UNDIVIDED}[method]
-    with TemporaryDirectory(dir=folder) as made:
+    with TemporaryDirectory(dir=folder) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "FEW", few)
         files = files_of(model(seed, has_ties, dtype), count)  # type: ignore[arg-type]
         uri = write_files(Path(made) / "in", files)
         expected, found = (
@@ -287,4 +291,18 @@ def test_few_bytes_cross_for_a_pass(
         outcome(divided, uri, s.global_unstructured("*", 0.5), "dense", Path(made) / "out")
     passes = {torch.float32: 2, torch.bfloat16: 1}[dtype]
     assert [task for task, _ in cluster.crossed].count("_each") == passes * 4
+    assert max(size for _, size in cluster.crossed) <= 2 << 20
+
+
+def test_few_bytes_cross_for_many_tensors(
+    divided_server: RunningServer, folder: Path, cluster: InProcess
+) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}": torch.randn(1 << 12, generator=numbers) for i in range(600)}
+    spec = s.select("*", 0.5, scope="global", guard_rails={"max_sparsity": 0.6})
+    cluster.crossed.clear()
+    with TemporaryDirectory(dir=folder) as made:
+        uri = write_files(Path(made) / "in", split(tensors, 2))
+        planned(divided_server, uri, spec, [0.1, 0.2, 0.3, 0.4, 0.5], has_zeros=False)
+    assert len(cluster.crossed) < 40
     assert max(size for _, size in cluster.crossed) <= 2 << 20
