@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.checkpoint_pb2 import PHASE_READ, PHASE_WAIT, PHASE_WRITE, Progress
 from secateur_proto.pruner_pb2_grpc import PrunerStub
+from tests.cluster.conftest import NODE
 from tests.cluster.divided import INDEX, outcome, split, write_files
+from tests.cluster.test_ray import in_thread
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
 from tests.contract import raw
-from tests.contract.raw import check_serves
+from tests.contract.raw import check_serves, series
 from tests.contract.test_golden import check
 from tests.uris.served import Served, connected
 from tests.uris.served import check as check_failure
@@ -187,11 +190,37 @@ def test_a_killed_process_changes_no_bit(
     raise AssertionError("no process was caught at work")
 
 
+def test_a_lost_node_changes_no_bit(
+    cluster: Any,
+    server: RunningServer,
+    client: s.Client,
+    folder: Path,
+    model: str,
+    expected: dict[str, Any],
+) -> None:
+    node = cluster.add_node(**NODE)
+    eventually(lambda: series(server, "secateur_ray_cores"), 3.0)
+    for attempt in range(20):
+        target = folder / f"node-{attempt}"
+        thread, ended = in_thread(partial(outcome, client, model, HALF, "dense", target))
+        eventually(lambda thread=thread: len(busy()) == 3 or not thread.is_alive(), True)  # type: ignore[misc]
+        is_caught = thread.is_alive()
+        if is_caught:
+            cluster.remove_node(node, allow_graceful=False)
+        thread.join()
+        assert ended == [expected]
+        if is_caught:
+            return
+    raise AssertionError("the node was not caught at work")
+
+
 def test_a_cluster_that_loses_all_work_leaves_nothing(
     server: RunningServer, folder: Path, model: str
 ) -> None:
     (folder / "lost").mkdir()
     with connected(server) as served, killing(float("inf")):
-        found = served.write(model, f"{(folder / 'lost').as_uri()}/{INDEX}")
+        # One file, since each loss takes the start of another process.
+        file = "model-0.safetensors"
+        found = served.write(model.replace(INDEX, file), f"{(folder / 'lost').as_uri()}/{file}")
     check_failure(found, "UNAVAILABLE", "CLUSTER_FAILED", "lost a task each of")
     assert not list((folder / "lost").iterdir())

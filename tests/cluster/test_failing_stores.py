@@ -1,5 +1,7 @@
 """Object stores that fail, or are slow, for the tasks of a cluster. The server has a good one."""
 
+import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from tests.cluster.conftest import NODE
 from tests.cluster.divided import INDEX, split, write_files
 from tests.cluster.store import Proxy, proxied
 from tests.cluster.test_calls import asked, busy, cancelled
+from tests.cluster.test_ray import in_thread
 from tests.conftest import eventually, inner_server
 from tests.contract.raw import failure, send
 from tests.uris.conftest import Bucket
@@ -108,12 +111,16 @@ def is_shard(method: str, path: str) -> bool:
 FAULTS = {"fetch": is_shard, "write": is_part}
 
 
-def test_failures_that_end_change_no_bit(
-    served: Served,
-    proxy: Proxy,
-    bucket: Bucket,
-) -> None:
+@pytest.fixture(scope="module")
+def good(served: Served, bucket: Bucket) -> dict[str, bytes]:
+    """What a Prune writes if nothing fails."""
     assert served.write(SOURCE, f"{MODELS}/good/{INDEX}") is None
+    return objects(bucket, "good")
+
+
+def test_failures_that_end_change_no_bit(
+    served: Served, proxy: Proxy, bucket: Bucket, good: dict[str, bytes]
+) -> None:
     failed = Counter[str]()
 
     def fails(method: str, path: str) -> bool:
@@ -123,7 +130,20 @@ def test_failures_that_end_change_no_bit(
     proxy.fails = fails
     assert served.write(SOURCE, f"{MODELS}/retried/{INDEX}") is None
     assert {key.partition(" ")[0] for key, count in failed.items() if count > 2} == {"GET", "PUT"}
-    assert objects(bucket, "good") == objects(bucket, "retried")
+    assert objects(bucket, "retried") == good
+
+
+def test_a_process_that_is_killed_while_it_uploads_changes_no_bit(
+    served: Served, proxy: Proxy, bucket: Bucket, good: dict[str, bytes]
+) -> None:
+    proxy.waits = lambda method, path: is_part(method, path) and not proxy.waiting
+    thread, ended = in_thread(lambda: served.write(SOURCE, f"{MODELS}/killed/{INDEX}"))
+    eventually(lambda: bool(proxy.waiting), True)
+    for process in busy():
+        os.kill(process, signal.SIGKILL)
+    thread.join()
+    assert ended == [None]
+    assert objects(bucket, "killed") == good
 
 
 @pytest.mark.parametrize("phase", FAULTS)
