@@ -33,7 +33,7 @@ test-slow: $(READY)  ## tests that take minutes or gigabytes, and five times as 
 browser: $(READY)  ## 3 minutes: every kind of page in chromium, with axe
 	$(BIN)/pytest -m browser tests/page
 
-cluster: kernels  ## 4 minutes: Ray clusters of several nodes on this machine, which lose processes and nodes
+cluster: kernels  ## 6 minutes: Ray clusters of several nodes on this machine, which lose processes and nodes
 	$(PIP) --editable '.[ray]'
 	$(BIN)/pytest -m cluster tests/cluster
 
