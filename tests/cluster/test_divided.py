@@ -16,6 +16,7 @@ import secateur as s
 from secateur.amounts import encode_amounts
 from secateur_proto import pruner_pb2 as pb
 from secateur_server.backends import batches
+from secateur_server.cut.allocation import lamp, lamp_windows
 from secateur_server.cut.drivers.ray import Ray
 from tests.cluster.divided import InProcess, outcome, split, write_files
 from tests.conftest import PATIENCE, RunningServer, examples, inner_server
@@ -75,6 +76,13 @@ ACROSS = {
     "uniform": s.select(EVERY, 0.4, scope="global", allocation="uniform", guard_rails=RAILS),
     "erk": s.erk(EVERY, 0.4),
     "erk of all": s.select(EVERY, 0.6, scope="global", allocation="erk", of_all=True),
+    "lamp": s.lamp(EVERY, 0.4),
+    "lamp between rails": s.select(
+        EVERY, 0.4, scope="global", allocation="lamp", guard_rails=RAILS
+    ),
+    "lamp of rows": s.select(
+        "m*.weight", 0.4, s.magnitude(2), s.slices(0), "isomorphic", "norm", "lamp"
+    ),
     "mean": s.select(EVERY, 0.4, scope="global", normalization="mean"),
     "norm": s.select(
         "m*.weight", 0.4, s.magnitude(1), s.slices(0), "isomorphic", normalization="norm"
@@ -88,7 +96,7 @@ ACROSS = {
 }
 FAILING = {f"across: too {what}" for what in ("much for rails", "little for rails", "many")}
 # What needs more of the other files than summaries is left to the server.
-UNDIVIDED = {"lamp": s.lamp(EVERY, 0.4)}
+UNDIVIDED = {"owl": s.select("m*.weight", 0.4, allocation="owl")}
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +167,9 @@ cases = st.tuples(
     st.integers(1, 6),
     st.sampled_from(["none", "masks", "dense", "reparametrized", "packed"]),
     st.sampled_from(["masks", "zeros"]),
-    st.sampled_from([0, batches.FEW]),  # so many small tensors are not yet a batch
+    st.sampled_from(["", "tensors", "units"]),  # of which there are many
 )
+FEW: dict[str, list[Any]] = {"": [], "tensors": [batches], "units": [lamp, lamp_windows]}
 
 
 ALL = SPECS | {f"across: {name}": spec for name, spec in ACROSS.items()}
@@ -174,7 +183,8 @@ def test_files_give_the_bits_of_one_server(
 ) -> None:
     seed, has_ties, dtype, count, output, prior, few = case
     with TemporaryDirectory(dir=folder) as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "FEW", few)
+        for module in FEW[few]:  # type: ignore[index]
+            patch.setattr(module, "FEW", 4)
         files = files_of(model(seed, has_ties, dtype), count)  # type: ignore[arg-type]
         uri = write_files(Path(made) / "in", files)
         expected, found = (
@@ -201,7 +211,8 @@ def test_a_plan_of_files_has_the_bytes_of_one_server(
     seed, has_ties, dtype, count, _, prior, few = case
     spec = {**ALL, **UNDIVIDED}[method]
     with TemporaryDirectory(dir=folder) as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "FEW", few)
+        for module in FEW[few]:  # type: ignore[index]
+            patch.setattr(module, "FEW", 4)
         files = files_of(model(seed, has_ties, dtype), count)  # type: ignore[arg-type]
         uri = write_files(Path(made) / "in", files)
         expected, found = (

@@ -290,6 +290,12 @@ LAST_MASKS = spec_pb2.PruningSpec(rules=[*raw.spec("*").rules, *raw.masks(v="m")
             "INVALID_SPEC",
             "header.amounts[1].fraction",
         ),
+        (
+            raw.spec("*", allocation=spec_pb2.ALLOCATION_OWL),
+            [plan_pb2.Amount(count=1)],
+            "INVALID_REQUEST",
+            "header.amounts[0].count",
+        ),
         (raw.spec(), [], "INVALID_SPEC", "spec.rules[0].selection.tensors"),
     ],
 )

@@ -40,7 +40,8 @@ def energies(
     parts = spans(ranking.units, PART)
     distinct = sorted({cut.key for cut in cuts if cut.key >= 0})
     keys = torch.tensor(distinct, dtype=BITS[dtype], device=ranking.device)
-    squares, units = observe_squares(context, driver, ranking, dtype, weight, keys, parts)
+    pieces = [(ranking.piece(dtype, *span), weight[slice(*span)]) for span in parts]
+    squares, units = observe_squares(context, driver, pieces, keys)
     sums = _running(squares, 2 * len(distinct) + 1, torch.float64)
     equal = _running([of[1::2] for of in units], len(distinct), torch.int64)
     up_to: list[float] = sums[-1].cumsum(0).tolist()
@@ -58,8 +59,7 @@ def energies(
         rest = cut.ties - counts[j][whole]
         found.append((up_to[2 * j], running[2 * j + 1][whole], rest > 0))
         if rest:
-            part = parts[whole]
-            some.append((ranking.piece(dtype, *part), weight[slice(*part)], cut.key, rest))
+            some.append((*pieces[whole], cut.key, rest))
     first = iter(driver.map(context, _sum_first_ties, some))
     pruned = [below + (ties + next(first) if more else ties) for below, ties, more in found]
     return pruned, up_to[-1]

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends import Span, spans
+from secateur_server.backends import spans
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.pieces import DIGIT_BITS, Ints, Observed, Piece
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.scan import sample_places
 from secateur_server.cut.drivers import Driver
-from secateur_server.cut.score import Ranked, Ranking, score_dtype
+from secateur_server.cut.score import Ranked, score_dtype
 from secateur_server.runtime.context import RequestContext
 
 # Counts in all histograms of a pass, 8 bytes each: the most, the most of a place elsewhere, and
@@ -200,29 +200,22 @@ def _first_key(value: float, dtype: torch.dtype) -> int:
 def observe_squares(
     context: RequestContext,
     driver: Driver,
-    ranking: Ranking,
-    dtype: torch.dtype,
-    values: Tensor,
+    parts: Sequence[tuple[Piece, Tensor]],
     keys: Tensor,
-    parts: Sequence[Span],
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Sums squares of the values of a tensor's candidates, by where they lie between keys.
 
     Args:
         context: The request.
         driver: Of the tensor.
-        ranking: The units and their scores.
-        dtype: In which the scores are compared.
-        values: Flat, one for each unit.
+        parts: Pieces with the values of their units, in their order. Their sizes must not depend on
+            the device or its threads, as sums are rounded.
         keys: Ascending, distinct.
-        parts: Of the units, in their order. They must not depend on the device or its threads, as
-            sums are rounded.
 
     Returns:
         Of each part, as Backend.sum_squares: the sums, and how many candidates they are of.
     """
-    pieces = [(ranking.piece(dtype, *span), values[slice(*span)]) for span in parts]
-    found = driver.map(context, partial(_sum_squares, keys=keys), pieces)
+    found = driver.map(context, partial(_sum_squares, keys=keys), parts)
     return [sums for sums, _ in found], [counts for _, counts in found]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from secateur_server.backends.batches import batched
 from secateur_server.backends.keys import BITS, score_at
-from secateur_server.cut.allocation.lamp import lamp_scores
+from secateur_server.cut.allocation.lamp_windows import lamp_scores
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.decide import units_to_prune
 from secateur_server.cut.elements import score_tensor

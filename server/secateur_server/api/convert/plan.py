@@ -61,6 +61,8 @@ def decode_amounts(
         path, kind = f"header.amounts[{index}]", amount.WhichOneof("amount")
         if kind is None:
             raise InvalidRequest(f"{path}.amount", "is not set; set fraction or count")
+        if planned.allocation == "owl" and kind != "fraction":
+            raise InvalidRequest(f"{path}.{kind}", "OWL needs a fraction")
         amounts.append(AMOUNTS[kind](context, amount, path))
     return planned, amounts or [planned.amount]
 

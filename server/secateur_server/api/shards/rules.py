@@ -124,10 +124,7 @@ def _divided(context: RequestContext, rule: Rule, model: DividedModel) -> Divide
     names = [name for name in rule.tensors if 0 not in shapes[name]]
     sets = split_by_scope(context, rule, names) if is_comparing(rule) else [tuple(names)]
     compared = [Compared(those, model.divide(those)) for those in sets if those]
-    divided = DividedRule(rule, model.divide(empty), compared)
-    if divided.across and rule.allocation == "lamp":  # it sums up scores in their order
-        raise NotDivisible
-    return divided
+    return DividedRule(rule, model.divide(empty), compared)
 
 
 def _are_scales_beside(rule: Selection, model: DividedModel) -> bool:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from secateur_server.api.shards.work import FileWork, forget, state_before
-from secateur_server.backends import backend_for
 from secateur_server.backends.pieces import Piece
 from secateur_server.backends.protocol import Backend
 from secateur_server.cut.drivers import Cluster, Driver
@@ -34,6 +33,7 @@ class Units:
         tensor: The name of the only tensor whose units are meant; empty: all.
         units: How many.
         dtype: In which all scores are compared.
+        most: The most units of a piece.
     """
 
     work: FileWork
@@ -42,6 +42,7 @@ class Units:
     tensor: str = ""
     units: int = 0
     dtype: torch.dtype = torch.float32
+    most: int = 0
 
     @property
     def size(self) -> int:
@@ -55,9 +56,9 @@ class Units:
 
     def read(self, context: RequestContext) -> list[Piece]:
         """Returns the units as pieces, in their order."""
-        size, scored = backend_for(torch.device("cpu")).ranked, _scored(context, self)
+        scored = _scored(context, self)
         some = [scored[self.tensor]] if self.tensor else scored.values()
-        return [piece for ranking, _ in some for piece in ranking.pieces(self.dtype, size)]
+        return [piece for ranking, _ in some for piece in ranking.pieces(self.dtype, self.most)]
 
 
 class Summary(NamedTuple):
@@ -98,8 +99,8 @@ class FarTensor:
         return ByPlace(self.cluster)
 
     def pieces(self, dtype: torch.dtype, size: int) -> list[Units]:
-        """Returns all units, to be compared as `dtype`."""
-        return [replace(self.observed, units=self.units, dtype=dtype)]
+        """Returns all units, to be read in pieces of at most `size`, and compared as `dtype`."""
+        return [replace(self.observed, units=self.units, dtype=dtype, most=size)]
 
 
 _kept: OrderedDict[tuple[str, Reference], dict[str, tuple[Ranking, Summary]]] = OrderedDict()
