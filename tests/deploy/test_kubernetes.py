@@ -1,11 +1,13 @@
 """The manifests of Kubernetes match its schemas and the server."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import grpc
+import jsonschema
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
@@ -16,6 +18,7 @@ from secateur_server.operate.tokens_file import read_tokens
 from tests.deploy.options import variables
 
 FOLDER = Path("deploy/kubernetes")
+SCHEMA = "raycluster.schema.json"
 BASE = sorted(set((FOLDER / "base").glob("*.yaml")) - {FOLDER / "base/kustomization.yaml"})
 # The first version with gRPC probes, and the latest that has schemas.
 VERSIONS = ("1.27", kubernetes_validate.latest_version())
@@ -47,10 +50,11 @@ def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check(found: list[dict[str, Any]]) -> None:
-    """Validates with Kubernetes' schemas. The Operator's ServiceMonitor has none."""
+    """Validates with Kubernetes' schemas, which have no kinds of operators."""
+    own = {"ServiceMonitor": check_monitor, "RayCluster": check_cluster}
     for document in found:
-        if document["kind"] == "ServiceMonitor":
-            check_monitor(document, found)
+        if document["kind"] in own:
+            own[document["kind"]](document, found)
             continue
         for version in VERSIONS:
             kubernetes_validate.validate(document, version, strict=True)
@@ -70,6 +74,20 @@ def check_monitor(monitor: dict[str, Any], found: list[dict[str, Any]]) -> None:
     ]
     assert [service["metadata"]["name"] for service in labelled] == ["secateur"]  # the job
     assert endpoint["port"] in {port["name"] for port in labelled[0]["spec"]["ports"]}
+
+
+def check_cluster(cluster: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    jsonschema.validate(cluster, json.loads(Path(__file__).with_name(SCHEMA).read_text()))
+    for template in templates(cluster):
+        assert template["spec"]["automountServiceAccountToken"] is False
+        document = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **template}
+        check([document])
+
+
+def templates(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pods of a RayCluster: the head's, and those of each group of workers."""
+    spec = cluster["spec"]
+    return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
 
 
 def test_the_manifests_match_the_schemas_of_kubernetes() -> None:
@@ -164,3 +182,41 @@ def test_the_example_of_tokens_can_be_used(tmp_path: Path) -> None:
     _, tokens = documents((FOLDER / "tls/secrets-example.yaml").read_text())
     (tmp_path / "tokens.toml").write_text(tokens["stringData"]["tokens.toml"])
     assert len(read_tokens(tmp_path / "tokens.toml")) == 1
+
+
+@needs_kubectl
+def test_a_ray_cluster_has_a_server_at_its_head() -> None:
+    found = built("ray")
+    check(found)
+    kinds = [document["kind"] for document in found]
+    assert not {"StatefulSet", "PodDisruptionBudget"} & set(kinds)
+    head, workers = templates(of_kind(found, "RayCluster"))
+    ray, server = head["spec"]["containers"]
+    selector = of_kind(found, "Service")["spec"]["selector"]
+    assert selector.items() <= head["metadata"]["labels"].items()
+    (worker,) = workers["spec"]["containers"]
+    images = {container["image"] for container in (ray, server, worker)}
+    assert len(images) == 1
+    assert images.pop().startswith("registry.example.com/")
+    shared = {mount["mountPath"] for mount in ray["volumeMounts"]}
+    assert shared == {"/tmp", "/dev/shm"} <= {m["mountPath"] for m in server["volumeMounts"]}
+    for container in (ray, server, worker):
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@needs_kubectl
+def test_the_schema_of_a_ray_cluster_detects_a_wrong_key() -> None:
+    cluster = of_kind(built("ray"), "RayCluster")
+    cluster["spec"]["workerGroupSpecs"][0]["maxReplica"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        check_cluster(cluster, [])
+    del cluster["spec"]["workerGroupSpecs"][0]["maxReplica"]
+    templates(cluster)[1]["spec"]["containers"][0]["prots"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check_cluster(cluster, [])
+
+
+@needs_kubectl
+def test_nodes_have_the_version_of_ray_that_is_installed() -> None:
+    version = of_kind(built("ray"), "RayCluster")["spec"]["rayVersion"]
+    assert f"ray=={version}" in Path("constraints.txt").read_text().splitlines()
