@@ -89,12 +89,13 @@ def test_a_report_and_a_prune_are_those_of_one_server(
 RAILS: dict[str, Any] = {"max_sparsity": 0.55, "keep_first": True, "exclude": "w3"}
 
 
+@pytest.mark.parametrize("allocation", ["rank", "lamp"])
 def test_rules_with_bounds_are_those_of_one_server(
-    client: s.Client, folder: Path, model: str, local: s.Client
+    client: s.Client, folder: Path, model: str, local: s.Client, allocation: Any
 ) -> None:
-    spec = s.select("*", 0.3, scope="global", guard_rails=RAILS)
+    spec = s.select("*", 0.3, scope="global", allocation=allocation, guard_rails=RAILS)
     found, expected = (
-        outcome(of, model, spec, "masks", folder / f"bounds-{name}")
+        outcome(of, model, spec, "masks", folder / f"{allocation}-{name}")
         for name, of in (("found", client), ("expected", local))
     )
     assert found == expected

@@ -260,6 +260,34 @@ def test_what_needs_other_files_is_left_to_the_server(
     assert ("error" in found) == (method in FAILING)
 
 
+@examples(20)
+@given(
+    st.sampled_from(["m0.weight", "m3.weight", "v6.weight"]),
+    st.sampled_from([float("nan"), float("inf")]),
+    st.sampled_from(["m0.weight", "v1.weight", "m5.weight"]),
+    st.sampled_from([of for of in ACROSS if not of.startswith("too")]),
+)
+def test_bad_scores_are_the_errors_of_one_server(
+    folder: Path,
+    local_server: RunningServer,
+    divided_server: RunningServer,
+    nan: str,
+    other: float,
+    at: str,
+    method: str,
+) -> None:
+    tensors = model(0, False, torch.float32)
+    tensors[nan].view(-1)[5] = float("nan")
+    tensors[at].view(-1)[3] = other
+    with TemporaryDirectory(dir=folder) as made:
+        uri = write_files(Path(made) / "in", files_of(tensors, 3))
+        expected, found = (
+            planned(server, uri, ACROSS[method], [], has_zeros=False)
+            for server in (local_server, divided_server)
+        )
+    assert found == expected
+
+
 @pytest.mark.parametrize("are_beside", [True, False])
 def test_scales_are_read_where_their_tensors_are(
     folder: Path, local: s.Client, divided: s.Client, cluster: InProcess, are_beside: bool

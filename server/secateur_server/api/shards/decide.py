@@ -140,7 +140,10 @@ def scored(
         # All tensors must be without NaN before any is normalized, and then have one floor.
         _summarized(context, model, works, replace(rule, normalization=None), compared)
         files = _summarized(context, model, works, rule, compared)
-        rule = replace(rule, floor=min(of.offset for of_file in files for of in of_file))
+        floor = min(of.offset for of_file in files for of in of_file)
+        if floor == 0:
+            return rule, files
+        rule = replace(rule, floor=floor)
     return rule, _summarized(context, model, works, rule, compared)
 
 

@@ -115,6 +115,8 @@ def _scored(context: RequestContext, units: Units) -> dict[str, tuple[Ranking, S
     """The scores of all tensors, after the rules before."""
     key = units.token, units.work.reference
     if key not in _kept:
+        for other in [of for of in _kept if of[1] == units.work.reference]:
+            del _kept[other]  # normalized scores are as large as the file
         state = state_before(context, units.work)
         scored = score_tensors(context, units.rule, units.rule.tensors, state, {})
         _kept[key] = {tensor.name: (tensor.ranking, _summary(tensor)) for tensor in scored}
