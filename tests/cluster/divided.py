@@ -2,7 +2,8 @@
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def outcome(
     client: secateur.Client, uri: str, spec: secateur.Spec, output: Any, folder: Path, **more: Any
 ) -> dict[str, Any]:
     """Everything that a Prune gives, or the error."""
+    prune = partial(client.prune, uri, spec, output, **more)
+    return _outcome(prune, uri, output, folder)
+
+
+def finalized(
+    client: secateur.Client, uri: str, output: Any, folder: Path, **more: Any
+) -> dict[str, Any]:
+    """Everything that a Finalize gives, or the error."""
+    finalize = partial(client.finalize, uri, output=output, **more)
+    return _outcome(finalize, uri, output, folder)
+
+
+def _outcome(call: Callable[..., Any], uri: str, output: str, folder: Path) -> dict[str, Any]:
     target = folder / output
     name = "masks.safetensors" if output == "masks" else uri.rpartition("/")[2]
     to: dict[str, Any] = {}
@@ -88,7 +102,7 @@ def outcome(
         target.mkdir(parents=True)
         to = {"destination": f"{target.as_uri()}/{name}"}
     try:
-        result = client.prune(uri, spec, output, **to, **more)
+        result = call(**to)
     except secateur.SecateurError as error:
         assert not target.exists() or not list(target.iterdir())
         return {"error": str(error)}

@@ -18,7 +18,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_server.backends import batches
 from secateur_server.cut.allocation import lamp, lamp_windows
 from secateur_server.cut.drivers.ray import Ray
-from tests.cluster.divided import InProcess, outcome, split, write_files
+from tests.cluster.divided import InProcess, finalized, outcome, split, write_files
 from tests.conftest import PATIENCE, RunningServer, examples, inner_server
 from tests.contract.test_golden import check
 
@@ -192,6 +192,32 @@ def test_files_give_the_bits_of_one_server(
             for name, client in (("local", local), ("divided", divided))
         )
     assert found == expected
+
+
+@pytest.mark.parametrize("tensors", [None, "m2*", ["m9.weight", "v*"], "none"])
+@examples(20)
+@given(cases, st.sampled_from(["dense", "packed"]))
+def test_finalized_files_have_the_bits_of_one_server(
+    folder: Path,
+    local: s.Client,
+    divided: s.Client,
+    cluster: InProcess,
+    tensors: Any,
+    case: tuple[object, ...],
+    output: str,
+) -> None:
+    seed, has_ties, dtype, count, *_ = case
+    cluster.tasks.clear()
+    with TemporaryDirectory(dir=folder) as made:
+        files = files_of(model(seed, has_ties, dtype), count)  # type: ignore[arg-type]
+        uri = write_files(Path(made) / "in", files)
+        expected, found = (
+            finalized(client, uri, output, Path(made) / name, tensors=tensors)
+            for name, client in (("local", local), ("divided", divided))
+        )
+    assert found == expected
+    assert ("error" in found) == (tensors == "none")
+    assert ("finalize_file" in cluster.tasks) == ("error" not in found)
 
 
 AMOUNTS = {"": [], "many": [0.5, 0.0, 7, 0.05, 1.0, 0.3, 0.5], "too many": [0.3, 10_000]}

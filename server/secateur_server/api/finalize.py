@@ -82,7 +82,7 @@ def finalize_call(
         parameters = dict(state_dict.parameters)
         covered = {name: parameters[name] for name in names}
         histograms = choose_detailed(context, header, covered)
-        files = _files(context, header, state_dict, groups, names)
+        files = final_files(context, header, state_dict, groups, names)
         measured = measure_sent(context, covered, state_dict.shrinking)
         digests = incoming.digest(), digest_of(files)
         report = encode_report(context, measured, state_dict.catalog, *digests, are_folded=True)
@@ -113,7 +113,7 @@ def _add_prior(
         state_dict.parameters = prune_zeros(context, state_dict.parameters, named)
 
 
-def _files(
+def final_files(
     context: RequestContext,
     header: pb.FinalizeHeader,
     state_dict: StateDict,

@@ -7,11 +7,16 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import Data
 from secateur_server.api.answers import Answers
 from secateur_server.api.convert.server_info import encode_server_info
-from secateur_server.api.finalize import decode_finalize, finalize_call
+from secateur_server.api.finalize import decode_finalize
 from secateur_server.api.plan import decode_plan
 from secateur_server.api.prune import decode_prune
 from secateur_server.api.rules import extras_of, streamed_of
-from secateur_server.api.shards.calls import divided_plan, divided_prune, divided_report
+from secateur_server.api.shards.calls import (
+    divided_finalize,
+    divided_plan,
+    divided_prune,
+    divided_report,
+)
 from secateur_server.api.stream import open_request
 from secateur_server.cut.drivers import Cluster
 from secateur_server.errors import InvalidRequest
@@ -95,7 +100,7 @@ class Pruner:
         first, data = open_request(messages, self._count(context))
         groups = decode_finalize(context, first.header)
         call = Call(context, first.header, data)
-        work = partial(finalize_call, self._sources, call, groups)
+        work = partial(divided_finalize, self._sources, self._cluster, call, groups)
         yield from self._answers.send(call, work, pb.FinalizeResponse)
 
     def GetServerInfo(

@@ -92,7 +92,7 @@ def forget_file(context: RequestContext, backend: Backend, work: FileWork) -> No
 
 def measure_file(context: RequestContext, backend: Backend, work: FileWork) -> bytes:
     """Measures the named parameters of a file. Returns them as encode_tensors does."""
-    state_dict = _state_dict(context, work)
+    state_dict = read_state_dict(context, work)
     names = state_dict.catalog.prunable if work.names is None else work.names
     measured = measure_tensors(context, {name: state_dict.parameters[name] for name in names})
     encoded = encode_tensors(measured)
@@ -162,7 +162,7 @@ class PruneWork:
 def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> Part:
     """Prunes a file, measures what is sent of it, and writes it."""
     work = asked.work
-    state_dict = _state_dict(context, work)
+    state_dict = read_state_dict(context, work)
     prior = _prior(context, work, state_dict)
     pruned, choices = prune(context, prior, work.rules, {})
     masks = {name: mask.bits for name, mask in masks_of(pruned).items()} if asked.has_masks else {}
@@ -172,12 +172,13 @@ def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> P
     changes = changes_of(context, report, state_dict.catalog, prior, pruned)
     part = Part(tensors, changes, [list(of_rule) for of_rule in choices], masks)
     if asked.target:
-        part = replace(part, file=_write(context, asked.target, *files))
+        part = replace(part, file=write_file(context, asked.target, *files))
     close_file(work.reference)
     return part
 
 
-def _write(context: RequestContext, place: Place, file: OutgoingFile) -> Written:
+def write_file(context: RequestContext, place: Place, file: OutgoingFile) -> Written:
+    """Writes a file to its place."""
     begin = bytes(next(iter(file.parts())))
     length = header_length(context, begin[:8], file.size)
     head = parse_header(context, begin[8 : 8 + length], file.size - 8 - length)
@@ -185,7 +186,7 @@ def _write(context: RequestContext, place: Place, file: OutgoingFile) -> Written
     return Written(file.filename, file.size, file.blake3, head.entries, uploaded)
 
 
-def _state_dict(context: RequestContext, work: FileWork) -> StateDict:
+def read_state_dict(context: RequestContext, work: FileWork) -> StateDict:
     """Makes a state_dict of a file, with the parameters to read."""
     opened = _open(context, work.reference)
     described = Shard(opened.file.filename, opened.head.entries, opened.head.metadata)
@@ -216,7 +217,7 @@ def close_file(reference: Reference) -> None:
 
 def state_before(context: RequestContext, work: FileWork) -> dict[str, Parameter]:
     """Returns the parameters to read of a file, after the rules of the work."""
-    prior = _prior(context, work, _state_dict(context, work))
+    prior = _prior(context, work, read_state_dict(context, work))
     return {**prior, **prune(context, prior, work.rules, {})[0]}
 
 
