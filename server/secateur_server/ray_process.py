@@ -17,11 +17,14 @@ BEAT_SECONDS = 1.0
 
 def _work_on_node(data: bytes) -> tuple[str, bytes]:
     """Does a task. Returns the id of the node, and what `work` returns."""
-    import ray
+    try:
+        import ray
 
-    from secateur_server.cut.drivers.packets import work
+        from secateur_server.cut.drivers.packets import work
 
-    return ray.get_runtime_context().get_node_id(), work(data)
+        return ray.get_runtime_context().get_node_id(), work(data)
+    except KeyboardInterrupt:  # cancelled, maybe amid an import: no later task may find half of it
+        raise SystemExit from None
 
 
 class _Member:
