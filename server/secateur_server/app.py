@@ -38,7 +38,7 @@ from secateur_server.startup import (
     serve_metrics,
 )
 from secateur_server.state_dict.sources import Sources
-from secateur_server.storage.store import Store
+from secateur_server.storage.protocol import CheckpointStore
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
@@ -171,7 +171,7 @@ def _interceptor(
     config: Config,
     metrics: Metrics,
     traces: Traces | None,
-    store: Store,
+    store: CheckpointStore,
     scheduler: Scheduler,
     opened: ExitStack,
 ) -> Interceptor:
@@ -224,13 +224,13 @@ def _ages(config: Config) -> Iterator[tuple[str, int]]:
 def _add_services(
     config: Config,
     metrics: Metrics,
-    store: Store,
+    store: CheckpointStore,
     scheduler: Scheduler,
     servers: tuple[grpc.Server, grpc.Server],
     cluster: Cluster | None,
     opened: ExitStack,
 ) -> Health:
-    scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
+    scratch = Scratch(store.scratch, store.disk_limit, metrics.fetched)
     metrics.show_fetched(lambda: scratch.held)
     uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory

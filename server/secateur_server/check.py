@@ -121,12 +121,17 @@ def _limits(config: Config) -> Iterator[str]:
 
 
 def _store(config: Config) -> Iterator[str]:
+    if config.store_uri is not None:
+        if problem := missing(config.store_uri):
+            raise CannotStart(f"cannot store checkpoints in {config.store_uri}: {problem}")
+        yield f"stores checkpoints in {config.store_uri}, which several servers may share"
+    what = "stores" if config.store_uri is None else "caches"
     if config.store_dir is None:
-        yield "stores checkpoints in a temporary folder, which is removed with the server"
+        yield f"{what} checkpoints in a temporary folder, which is removed with the server"
         return
-    most = config.store_max_bytes
+    most = config.store_max_bytes if config.store_uri is None else None
     shown = _size(most) if most else "3/4 of the free space"
-    yield f"stores checkpoints in {config.store_dir}, up to {shown}"
+    yield f"{what} checkpoints in {config.store_dir}, up to {shown}"
     nearest = next(path for path in (config.store_dir, *config.store_dir.parents) if path.exists())
     cannot = f"cannot store checkpoints in {config.store_dir}"
     if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):

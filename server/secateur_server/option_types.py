@@ -102,3 +102,11 @@ def prefixes(text: str) -> tuple[str, ...]:
                 f"{prefix!r} is not scheme://place (for folders use --allow-path)"
             )
     return found
+
+
+def prefix(text: str) -> str:
+    """One prefix of URIs."""
+    found = prefixes(text)
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one URI")
+    return found[0]

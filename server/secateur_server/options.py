@@ -85,10 +85,17 @@ class Config:
     store_dir: Path | None = _option(
         Path, None, "where to store checkpoints; default: a temporary folder"
     )
+    store_uri: str | None = _option(
+        kinds.prefix,
+        None,
+        "where several servers store checkpoints, such as s3://bucket/checkpoints; --store-dir is "
+        "then their cache",
+    )
     store_max_bytes: int | None = _option(
         kinds.byte_count,
         None,
-        "bytes of all checkpoints; default: 3/4 of the disk's free space and the store's size",
+        "bytes of all checkpoints; default: 3/4 of the free space and the store's size; with "
+        "--store-uri no limit",
     )
     store_ttl: float = _option(
         kinds.seconds, "0", "seconds from its last use that a checkpoint is kept; 0 is for ever"

@@ -1,5 +1,6 @@
 """The parts of a server that may fail to start. `secateur-server --check` tries each of them."""
 
+import math
 import socket
 from contextlib import ExitStack
 from functools import partial
@@ -9,6 +10,7 @@ import grpc
 from secateur_proto.framing import CHUNK_BYTES
 from secateur_server.cut.drivers.link import NoCluster
 from secateur_server.cut.drivers.ray import Ray
+from secateur_server.errors import RequestError
 from secateur_server.operate.authentication import Authenticator
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.metrics_server import MetricsServer
@@ -18,7 +20,11 @@ from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.options import Config
 from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES
 from secateur_server.storage.folders import StoreInUse, default_max_bytes, temporary_folder
+from secateur_server.storage.protocol import CheckpointStore
+from secateur_server.storage.shared.objects import Objects
+from secateur_server.storage.shared.store import SharedStore
 from secateur_server.storage.store import Store
+from secateur_server.uris.systems import missing
 
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error
@@ -50,7 +56,7 @@ class CannotStart(Exception):
     """The server cannot start: an address is in use, the store cannot be opened, and so on."""
 
 
-def open_store(config: Config, metrics: Metrics) -> Store:
+def open_store(config: Config, metrics: Metrics) -> CheckpointStore:
     """Opens the store of checkpoints.
 
     Args:
@@ -58,17 +64,42 @@ def open_store(config: Config, metrics: Metrics) -> Store:
         metrics: They show the store.
 
     Raises:
-        CannotStart: Its folder cannot be used.
+        CannotStart: Its folder, or the object store, cannot be used.
     """
+    store: CheckpointStore
+    store = local = _local_store(config, metrics)
+    if config.store_uri is not None:
+        try:
+            store = _shared_store(config.store_uri, config, metrics, local)
+        except (ImportError, ValueError, RequestError) as error:
+            local.close()
+            raise CannotStart(
+                f"cannot store checkpoints in {config.store_uri} (--store-uri): {error}"
+            ) from None
+    metrics.show_store(lambda: store.used_bytes, lambda: store.count, store.max_bytes)
+    return store
+
+
+def _local_store(config: Config, metrics: Metrics) -> Store:
     folder = config.store_dir or temporary_folder()
+    is_cache = config.store_uri is not None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        most = config.store_max_bytes or default_max_bytes(folder)
-        store = Store(folder, most, config.store_ttl, metrics.evicted, config.store_dir is None)
+        default = default_max_bytes(folder)
+        if is_cache:
+            return Store(folder, default, 0, is_temporary=config.store_dir is None)
+        most, is_temporary = config.store_max_bytes or default, config.store_dir is None
+        return Store(folder, most, config.store_ttl, metrics.evicted, is_temporary)
     except (OSError, StoreInUse) as error:
         raise CannotStart(f"cannot store checkpoints in {folder}: {error}") from None
-    metrics.show_store(lambda: store.used_bytes, lambda: store.count, most)
-    return store
+
+
+def _shared_store(uri: str, config: Config, metrics: Metrics, local: Store) -> SharedStore:
+    if problem := missing(uri):
+        raise ValueError(problem)
+    objects = Objects(uri, config.idle_timeout)
+    most = config.store_max_bytes or math.inf
+    return SharedStore(objects, local, most, config.store_ttl, metrics.evicted)
 
 
 def make_authenticator(config: Config, metrics: Metrics) -> Authenticator:

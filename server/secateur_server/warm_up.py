@@ -19,7 +19,7 @@ from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.state_dict.sources import Sources
-from secateur_server.storage.store import Store
+from secateur_server.storage.protocol import CheckpointStore
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.systems import missing
@@ -36,7 +36,7 @@ _MAX_BYTES = 1 << 30
 _log = logging.getLogger("secateur_server")
 
 
-def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None:
+def warm_up(device: torch.device, store: CheckpointStore, prefixes: Sequence[str]) -> None:
     """Prunes made-up models by all kinds of rules that have kernels.
 
     The first call of a process imports numba's compiler, and compiles kernels or loads them from

@@ -149,6 +149,7 @@ def test_every_option_of_the_server_is_an_environment_variable(tmp_path: Path) -
         "max-model-bytes": "1GiB",
         "drain-timeout": "5",
         "store-dir": str(tmp_path),
+        "store-uri": "s3://bucket/checkpoints",
         "store-max-bytes": "2GiB",
         "store-ttl": "60",
         "work-memory": "3GiB",

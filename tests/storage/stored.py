@@ -232,6 +232,6 @@ def create(
     try:
         store.uploads.write(upload, data)
         file = store.uploads.finish(RequestContext(), upload, name)
-        return store.create(owner, count * (file,), quota=quota)
+        return store.create(RequestContext(), owner, count * (file,), quota=quota)
     finally:
         store.uploads.leave(upload)

@@ -153,7 +153,7 @@ def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.Monk
     upload = store.uploads.begin(owner, 100)
     store.uploads.write(upload, bytes(100))
     file = store.uploads.finish(RequestContext(), upload, "a")
-    made = [store.create(owner, (file,)) for _ in range(count)]
+    made = [store.create(RequestContext(), owner, (file,)) for _ in range(count)]
     store.uploads.leave(upload)
     reads: dict[Entry, int] = {}
     files = Entry.files

@@ -14,6 +14,7 @@ import pytest
 from secateur_proto.checkpoints_pb2 import DeleteRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.errors import CheckpointNotFound, StoreFailed
+from secateur_server.runtime.context import RequestContext
 from secateur_server.storage import clock as clock_module
 from secateur_server.storage.records import Record
 from secateur_server.storage.store import Store
@@ -110,7 +111,7 @@ def opened(
 
 
 def read(store: Store, record: Record) -> bytes:
-    with store.open(OWNER, record.name) as found:
+    with store.open(RequestContext(), OWNER, record.name) as found:
         return b"".join(found.files[0].blocks())
 
 
@@ -181,7 +182,7 @@ def test_failed_removal_of_one_record_does_not_block_others(
     """All have the same blob, which is removed with the last of them."""
     store = opened()
     made = [create(store, DATA)]
-    made += [store.create(OWNER, made[0].files) for _ in range(2)]
+    made += [store.create(RequestContext(), OWNER, made[0].files) for _ in range(2)]
     with disk.stuck(lambda path: path.stem == made[1].id):
         with pytest.raises(StoreFailed):
             expire(store, made[1], machine)
@@ -213,7 +214,7 @@ def test_checkpoint_that_could_be_neither_created_nor_removed_exists(
     store = opened()
     first = create(store, DATA)  # its folder exists
     with disk.stuck(), disk.not_syncing(), pytest.raises(StoreFailed):
-        store.create(OWNER, first.files)
+        store.create(RequestContext(), OWNER, first.files)
     found = store.page(OWNER, "", 9)
     assert len(found) == 2
     assert store.used_bytes == counted(disk.folder)

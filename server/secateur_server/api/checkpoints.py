@@ -115,7 +115,7 @@ class Checkpoints:
                 "output", f"{message.output} cannot be downloaded; ask for masks or tensors"
             )
         with (
-            self._store.open(context.tenant.owner, message.name) as opened,
+            self._store.open(context, context.tenant.owner, message.name) as opened,
             self._files(context, opened, output) as files,
         ):
             size = sum(file.size for file in files)

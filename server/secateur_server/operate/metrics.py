@@ -206,7 +206,7 @@ class Metrics:
             }
         )
 
-    def show_store(self, used: Callable[[], int], count: Callable[[], int], limit: int) -> None:
+    def show_store(self, used: Callable[[], int], count: Callable[[], int], limit: float) -> None:
         """Shows a store: the bytes of its checkpoints, their number, and its limit in bytes."""
         self._show({"secateur_store_bytes": used, "secateur_checkpoints": count})
         self._gauge("secateur_store_limit_bytes").set(limit)

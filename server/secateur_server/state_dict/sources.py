@@ -22,9 +22,9 @@ from secateur_server.state_dict.incoming import (
     read_extras,
 )
 from secateur_server.state_dict.mapped import map_blob, open_files
+from secateur_server.storage.protocol import CheckpointStore
 from secateur_server.storage.receiver import Receiver
 from secateur_server.storage.records import StoredFile
-from secateur_server.storage.store import Store
 from secateur_server.uris.local import LocalTarget
 from secateur_server.uris.multipart import MultipartTarget
 from secateur_server.uris.uris import UriModel, Uris
@@ -82,7 +82,7 @@ class Sources:
         metrics: Counts what is sent and received.
     """
 
-    store: Store
+    store: CheckpointStore
     uris: Uris
     device: torch.device
     max_model_bytes: int
@@ -144,7 +144,7 @@ class Sources:
     def _checkpoint(self, call: Call[Any]) -> Iterator[Incoming]:
         """A checkpoint in the store."""
         context = call.context
-        with self.store.open(context.tenant.owner, call.header.checkpoint) as opened:
+        with self.store.open(context, context.tenant.owner, call.header.checkpoint) as opened:
             masks = map_blob(opened.masks) if opened.masks else None
             files = [map_blob(blob) for blob in opened.files]
             with self._beside(call, sum(len(file.data) for file in files)) as extras:

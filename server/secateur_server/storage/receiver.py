@@ -7,8 +7,8 @@ from typing import Self
 from secateur_server.errors import QuotaExceeded, StoreFull
 from secateur_server.runtime.context import RequestContext
 from secateur_server.storage.accounts import Upload
+from secateur_server.storage.protocol import CheckpointStore
 from secateur_server.storage.records import Record, StoredFile
-from secateur_server.storage.store import Store
 from secateur_server.wire.writer import Bytes, OutgoingFile, track_progress
 
 
@@ -20,7 +20,7 @@ class Receiver:
     """
 
     def __init__(
-        self, context: RequestContext, store: Store, owner: str, quota: int | None = None
+        self, context: RequestContext, store: CheckpointStore, owner: str, quota: int | None = None
     ) -> None:
         self._context = context
         self._store, self._owner, self._quota = store, owner, quota
@@ -54,7 +54,7 @@ class Receiver:
 
     def create(self, files: tuple[StoredFile, ...], masks: StoredFile | None = None) -> Record:
         """Creates a checkpoint of files that this call has received. Errors are Store.create's."""
-        record = self._store.create(self._owner, files, masks, self._quota)
+        record = self._store.create(self._context, self._owner, files, masks, self._quota)
         self.abandon()  # the checkpoint refers to the files now
         return record
 

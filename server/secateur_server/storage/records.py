@@ -165,17 +165,33 @@ def _read_file(file: os.DirEntry[str], owner: str, found: Found) -> None:
 def _read_record(path: Path) -> Record:
     """Reads a record. Raises DataLoss if it is damaged."""
     try:
-        digest, text, _ = path.read_bytes().split(b"\n")
+        return decode_record(path.stem, path.read_bytes())
+    except OSError:
+        raise damaged_record(PREFIX + path.stem) from None
+
+
+def decode_record(ident: str, data: bytes) -> Record:
+    """Decodes what Record.encoded returns.
+
+    Args:
+        ident: Of the record.
+        data: Of its file.
+
+    Raises:
+        DataLoss: It is damaged.
+    """
+    try:
+        digest, text, _ = data.split(b"\n")
         if blake3(text).hexdigest().encode() != digest:
             raise ValueError
         fields = json.loads(text)
-        if fields["id"] != path.stem:
+        if fields["id"] != ident:
             raise ValueError
         masks = StoredFile(**fields["masks"]) if fields["masks"] else None
         files = tuple(StoredFile(**file) for file in fields["files"])
         return Record(fields["id"], fields["create_time"], files, masks)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise damaged_record(PREFIX + path.stem) from None
+    except (ValueError, KeyError, TypeError):
+        raise damaged_record(PREFIX + ident) from None
 
 
 def damaged_record(name: str) -> DataLoss:

@@ -23,6 +23,7 @@ from secateur_server.errors import (
     StoreFull,
     quote,
 )
+from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import disk_errors, sync_folder
 from secateur_server.storage.accounts import Account, Accounts, Entry
 from secateur_server.storage.blob_folder import BlobFolder, Trash
@@ -162,6 +163,11 @@ class Store:
         self._folder_lock.close()
 
     @property
+    def disk_limit(self) -> int:
+        """Bytes that the store may have on disk."""
+        return self.max_bytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes on disk, with those of staged files that are about to be written."""
         return self._space.used_bytes
@@ -188,6 +194,18 @@ class Store:
             entry = self._accounts.get(owner).entries.get(record.id)
         return self._clock.wall(entry.used + self.ttl) if self.ttl and entry else None
 
+    def has(self, owner: str, record: Record) -> bool:
+        """Whether the checkpoint is here, with files that are not known to be damaged."""
+        with self._lock:
+            is_known = record.id in self._accounts.get(owner).entries
+        return is_known and all(self._blobs.has(f.blake3, f.size) for f in record.blobs())
+
+    def is_used(self, owner: str, record: Record) -> bool:
+        """Whether a call uses the checkpoint."""
+        with self._lock:
+            entry = self._accounts.get(owner).entries.get(record.id)
+            return entry is not None and entry.pins > 0
+
     def page(self, owner: str, before: str, most: int) -> Sequence[Record]:
         """Up to `most` checkpoints older than the id `before`, if it is not empty; newest first."""
         with self._lock:
@@ -207,8 +225,13 @@ class Store:
         )
 
     @contextmanager
-    def open(self, owner: str, name: str) -> Iterator[OpenCheckpoint]:
+    def open(self, context: RequestContext, owner: str, name: str) -> Iterator[OpenCheckpoint]:
         """Opens a checkpoint. It is not evicted, and its files are not removed, within the block.
+
+        Args:
+            context: The request, which may end while files are fetched.
+            owner: The owner of the checkpoint.
+            name: Of the checkpoint.
 
         Raises:
             CheckpointNotFound: The owner has no checkpoint of that name.
@@ -243,6 +266,7 @@ class Store:
 
     def create(
         self,
+        context: RequestContext,
         owner: str,
         files: tuple[StoredFile, ...],
         masks: StoredFile | None = None,
@@ -251,6 +275,7 @@ class Store:
         """Creates a checkpoint of uploaded files. It is synced to disk when this returns.
 
         Args:
+            context: The request, which may end while files are sent to an object store.
             owner: The owner of the checkpoint.
             files: The weights.
             masks: A file of masks, if the server has pruned the checkpoint.
@@ -260,8 +285,24 @@ class Store:
             StoreFull, QuotaExceeded: The record does not fit.
             StoreFailed: The disk failed.
         """
+        record = new_record(files, masks)
+        self.add(owner, record, quota)
+        return record
+
+    def add(self, owner: str, record: Record, quota: int | None = None) -> None:
+        """Adds a checkpoint of uploaded files. It is synced to disk when this returns.
+
+        Args:
+            owner: The owner of the checkpoint.
+            record: Of the checkpoint.
+            quota: Bytes that the owner may have; None: no limit.
+
+        Raises:
+            StoreFull, QuotaExceeded: The record does not fit.
+            StoreFailed: The disk failed.
+        """
         self._folder_lock.check()
-        entry = Entry(owner, new_record(files, masks), self._clock.now())
+        entry = Entry(owner, record, self._clock.now())
         path = record_path(self._records / owner, entry.record.id)
         with self._lock:
             count = self._accounts.record_bytes(entry)
@@ -278,7 +319,6 @@ class Store:
         self._last_uses.write(entry)
         with self._lock:
             account.add(entry)
-        return entry.record
 
     def _make_folder(self, folder: Path, account: Account) -> None:
         """Creates the folder of an owner, and syncs its name."""

@@ -111,7 +111,7 @@ class RemoteFile:
         """
         self._context.begin("fetch", self.size)
         with full_disk():
-            for part in self._ranges(self.size):
+            for part in self.parts():
                 file.write(part)
                 count(len(part))
                 self._context.advance(len(part))
@@ -138,12 +138,16 @@ class RemoteFile:
             raise failed(self._field, self.uri, "read", unknown)
         return found
 
-    def _ranges(self, size: int) -> Iterator[bytes]:
-        """The file in ranges, of which CONCURRENT_RANGES are requested at once."""
+    def parts(self) -> Iterator[bytes]:
+        """Yields the file in ranges, of which CONCURRENT_RANGES are requested at once.
+
+        Raises:
+            UriFailed, UriChanged: It cannot be read, or has another size than before.
+        """
         pending: deque[tuple[int, Future[bytes]]] = deque()
         try:
-            for start in range(0, size, RANGE_BYTES):
-                end = min(start + RANGE_BYTES, size)
+            for start in range(0, self.size, RANGE_BYTES):
+                end = min(start + RANGE_BYTES, self.size)
                 start_request = partial(
                     self._requests.start, self._context, self._system, "cat_file", self._path
                 )
