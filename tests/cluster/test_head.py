@@ -1,7 +1,9 @@
 """The head of the cluster is lost, and starts again: the server goes on, and joins it again."""
 
+import random
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,7 @@ class Head:
     """The only node of a cluster, which can be lost and started again."""
 
     def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = _free_port()
         self.start()
 
     @property
@@ -50,6 +51,14 @@ class Head:
 
     def stop(self) -> None:
         self._cluster.shutdown()
+
+
+def _free_port() -> int:
+    """A port that stays free while the head is lost: no outgoing connection gets one of these."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 @pytest.fixture
