@@ -1,6 +1,7 @@
 """The manifests of Kubernetes match its schemas and the server."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secateur_proto.sizes import byte_count
 from secateur_server.operate.tokens_file import read_tokens
+from tests.conftest import RunningServer
 from tests.deploy.options import variables
+from tests.deploy.promql import metrics_of, names_in
 
 FOLDER = Path("deploy/kubernetes")
 SCHEMA = "raycluster.schema.json"
@@ -220,3 +223,40 @@ def test_the_schema_of_a_ray_cluster_detects_a_wrong_key() -> None:
 def test_nodes_have_the_version_of_ray_that_is_installed() -> None:
     version = of_kind(built("ray"), "RayCluster")["spec"]["rayVersion"]
     assert f"ray=={version}" in Path("constraints.txt").read_text().splitlines()
+
+
+@needs_kubectl
+def test_replicas_share_a_store_and_bound_the_age_of_connections() -> None:
+    found = built("replicas")
+    check(found)
+    assert "StatefulSet" not in [document["kind"] for document in found]
+    data = of_kind(found, "ConfigMap")["data"]
+    assert data["SECATEUR_STORE_URI"].startswith("s3://")
+    assert 0 < float(data["SECATEUR_MAX_CONNECTION_AGE"]) <= 600
+    deployment = of_kind(found, "Deployment")
+    assert "replicas" not in deployment["spec"], "an apply would reset those of the autoscaler"
+    spec = deployment["spec"]["template"]["spec"]
+    (server,) = spec["containers"]
+    assert server == {
+        **pod(base())["containers"][0],
+        **{k: server[k] for k in ("image", "envFrom")},
+    }
+    assert {volume["name"] for volume in spec["volumes"]} == {
+        mount["name"] for mount in server["volumeMounts"]
+    }
+
+
+def test_the_autoscalers_metrics_are_those_of_the_adapter_and_a_server(
+    server: RunningServer,
+) -> None:
+    folder = FOLDER / "replicas"
+    rules = yaml.safe_load((folder / "adapter-rules.yaml").read_text())["rules"]["custom"]
+    (scaler,) = documents((folder / "horizontalpodautoscaler.yaml").read_text())
+    wanted = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
+    assert wanted == {rule["name"]["as"] for rule in rules}
+    shown = metrics_of(server)
+    for rule in rules:
+        query = re.sub("<<.*?>>", "pod", f"{rule['metricsQuery']} or {rule['seriesQuery']}")
+        names = names_in(query)
+        assert names
+        assert all(re.search(rf"^{name} ", shown, re.MULTILINE) for name in names), names

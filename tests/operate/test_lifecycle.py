@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -44,9 +45,11 @@ from tests.contract.raw import (
     file,
     header,
     message,
+    series,
 )
 from tests.operate.test_metrics import sample
 from tests.processes import thread_ids
+from tests.storage.proxy import proxy
 
 SERVICE = "secateur.v1.Pruner"
 MIB = 1 << 20
@@ -321,6 +324,28 @@ def test_connection_ends_at_its_age_and_running_calls_do_not() -> None:
         answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=300)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         running.cancel()
+
+
+def test_a_new_replica_behind_a_balancer_gets_calls_of_an_old_client() -> None:
+    """A balancer assigns connections, not calls: only a new connection reaches the new server."""
+    options = ("--max-connection-age", "0.2")
+    with (
+        inner_server(*options) as old,
+        inner_server(*options) as new,
+        proxy(old.address) as balancer,
+        grpc.insecure_channel(balancer.address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        check = partial(stub.Check, health_pb2.HealthCheckRequest(), timeout=300)
+        check(wait_for_ready=True)
+        balancer.target = new.address
+
+        def has_moved() -> bool:
+            check(wait_for_ready=True)
+            served = series(new, "grpc_server_handled_total", grpc_service="grpc.health.v1.Health")
+            return served > 0
+
+        eventually(has_moved, True)
 
 
 def test_a_call_that_outlasts_the_grace_of_its_connection_is_cut_off() -> None:
