@@ -19,7 +19,7 @@ from secateur_proto import spec_pb2
 from secateur_proto.checkpoint_pb2 import PHASE_READ, PHASE_WAIT, PHASE_WRITE, Progress
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.cluster.conftest import NODE
-from tests.cluster.divided import INDEX, outcome, split, write_files
+from tests.cluster.divided import INDEX, finalized, outcome, split, write_files
 from tests.cluster.test_ray import in_thread
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
 from tests.contract import raw
@@ -102,6 +102,28 @@ def test_rules_with_bounds_are_those_of_one_server(
     spec += s.select("*", 0.2, scope="global", normalization="z_score")
     amounts = [0.1, 0.5, 1000]
     assert client.plan(model, spec, amounts) == local.plan(model, spec, amounts)
+
+
+def test_shrunk_and_finalized_models_are_those_of_one_server(
+    client: s.Client, folder: Path, model: str, local: s.Client
+) -> None:
+    groups = [
+        s.group(f"rows{i}", s.member(f"w{i}"), s.member(f"w{i + 1}"), s.member(f"w{i + 2}"))
+        for i in (0, 3)
+    ]
+    shrink = s.grouped(groups, 0.3)
+    found, expected = (
+        outcome(of, model, shrink, "shrunk", folder / f"shrunk-{name}")
+        for name, of in (("found", client), ("expected", local))
+    )
+    assert found == expected
+    pruned = folder / "finalize" / "reparametrized"
+    outcome(local, model, HALF, "reparametrized", pruned.parent)
+    found, expected = (
+        finalized(of, f"{pruned.as_uri()}/{INDEX}", "packed", folder / f"final-{name}")
+        for name, of in (("found", client), ("expected", local))
+    )
+    assert found == expected
 
 
 def busy() -> list[int]:

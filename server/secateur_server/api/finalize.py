@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.report import encode_report
 from secateur_server.api.details import add_details, check_details, choose_detailed
 from secateur_server.api.rules import check_prior
-from secateur_server.api.smaller import add_shrinkage
+from secateur_server.api.smaller import add_shrinkage, masked_names
 from secateur_server.cut.prior import prune_zeros
 from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.granularity.group import Group
@@ -17,7 +18,7 @@ from secateur_server.granularity.kept_units import distinct_groups
 from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
 from secateur_server.outputs.packed import packed_files
-from secateur_server.report.shrinkage import measure_sent
+from secateur_server.report.shrinkage import measure_sent, member_flags
 from secateur_server.report.warnings import not_shrunk
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_groups
@@ -73,7 +74,7 @@ def finalize_call(
     incoming = held.enter_context(sources.open(call))
     state_dict = incoming.state_dict
     names = state_dict.named(context, "header.tensors", header.tensors)
-    groups = _resolved(context, asked, state_dict.catalog)
+    groups = resolved_groups(context, asked, state_dict.catalog)
     with context.stage("receive"):
         incoming.read(None)
     with sources.scheduler.cores(context, incoming.size), context.stage("encode"):
@@ -88,7 +89,8 @@ def finalize_call(
         report = encode_report(context, measured, state_dict.catalog, *digests, are_folded=True)
         add_details(context, report, histograms, covered, state_dict.shrinking)
         if groups:
-            add_shrinkage(context, report, state_dict, groups, parameters)
+            flags_of = partial(member_flags, context, parameters)
+            add_shrinkage(context, report, state_dict, groups, masked_names(parameters), flags_of)
             report.warnings.extend(filter(None, [not_shrunk(report.shrinkage)]))
     incoming.check_unchanged()
     sources.metrics.reported(context, report)
@@ -96,7 +98,14 @@ def finalize_call(
     return written(sources, call, result, files, incoming.check_unchanged)
 
 
-def _resolved(context: RequestContext, groups: Sequence[Group], catalog: Catalog) -> list[Group]:
+def resolved_groups(
+    context: RequestContext, groups: Sequence[Group], catalog: Catalog
+) -> list[Group]:
+    """Resolves the groups of a call, each once.
+
+    Raises:
+        InvalidSpec: They do not fit the state_dict, or each other.
+    """
     resolved = [resolve_group(context, group, catalog) for group in context.each(groups)]
     return distinct_groups(context, resolved, catalog)
 

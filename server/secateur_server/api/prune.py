@@ -20,14 +20,14 @@ from secateur_server.api.rules import (
     is_solving,
     reads_of,
 )
-from secateur_server.api.smaller import add_shrinkage
+from secateur_server.api.smaller import add_shrinkage, masked_names
 from secateur_server.api.solve import solve
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.prune import prune
 from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidSpec, quote
 from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
-from secateur_server.report.shrinkage import measure_sent
+from secateur_server.report.shrinkage import measure_sent, member_flags
 from secateur_server.report.warnings import NOT_SMALLER, Remarks, changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
@@ -218,7 +218,9 @@ def _encoded(
         add_details(context, report, histograms, pruned, state_dict.shrinking)
         changes = changes_of(context, report, catalog, prior, pruned)
         if state_dict.shrinking is not None:
-            add_shrinkage(context, report, state_dict, groups, {**prior, **pruned})
+            every = {**prior, **pruned}
+            flags_of = partial(member_flags, context, every)
+            add_shrinkage(context, report, state_dict, groups, masked_names(every), flags_of)
         warnings = warnings_of(context, report, asked, rules, catalog, changes, remarks)
         if header.output == pb.OUTPUT_PACKED:
             warnings = [warning for warning in warnings if warning.code != NOT_SMALLER]

@@ -1,6 +1,7 @@
 """Applies a spec, rule by rule. Each rule sees the masks of the rules before it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,16 +26,30 @@ from secateur_server.cut.small import (
     prune_jointly,
     prune_small,
 )
+from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups_at_once import expand_groups
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import CustomMasks, Rule, Selection
 from secateur_server.state_dict.parameter import Parameter
 
 
+@dataclass(frozen=True)
+class KeptUnits:
+    """A rule that no request has: prunes units of groups that are decided already.
+
+    Attributes:
+        groups: Resolved, with those members that are among the parameters.
+        kept: The kept units of each.
+    """
+
+    groups: tuple[Group, ...]
+    kept: tuple[Mask, ...]
+
+
 def prune(
     context: RequestContext,
     parameters: Mapping[str, Parameter],
-    rules: Sequence[Rule],
+    rules: Sequence[Rule | KeptUnits],
     extras: Mapping[str, Tensor],
 ) -> tuple[dict[str, Parameter], list[Sequence[Choice]]]:
     """Applies rules in order, with the semantics of torch.nn.utils.prune.PruningContainer.
@@ -185,8 +200,22 @@ def _add(
         masks[name] = mask if before is None else mask.both(context, before)
 
 
+def apply_kept_units(
+    context: RequestContext,
+    rule: KeptUnits,
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Masks, Sequence[Choice]]:
+    """Makes the masks of the groups' tensors, prior masks included. Makes no choices."""
+    masks: Masks = {}
+    for found in expand_groups(context, rule.groups, rule.kept, state):
+        _add(context, masks, found, state)
+    return masks, []
+
+
 # What each kind of rule does.
-_APPLIED: Mapping[type[Rule], Callable[..., tuple[Masks, Sequence[Choice]]]] = {
+_APPLIED: Mapping[type[Rule | KeptUnits], Callable[..., tuple[Masks, Sequence[Choice]]]] = {
     Selection: apply_selection,
+    KeptUnits: apply_kept_units,
     CustomMasks: apply_masks,
 }

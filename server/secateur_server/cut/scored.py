@@ -184,35 +184,67 @@ def score_groups(
     """
     groups = [rule.groups_by_name[name] for names in ranked for name in names]
     candidates = candidates_of(context, groups, parameters)
-    scores: list[tuple[Scores, float]]
-    by_name = [rule.importance.by_name(group.name) for group in context.each(groups)]
-    if all(by_name):
-        scores = [(random, 0.0) for random in by_name if random]
-    else:
-        members = _member_scores(context, rule, groups, parameters, extras, candidates)
-        names, sizes = [group.name for group in groups], list(map(len, ranked))
-        found = combined(context, rule, members, candidates, names, sizes)
-        scores = [(Stored(values), floor) for values, floor in found]
+    members = (
+        []
+        if are_random(rule)
+        else _member_scores(context, rule, groups, parameters, extras, candidates)
+    )
+    devices = [parameters[group.members[0].tensor].weight.device for group in groups]
+    rankings = rank_groups(context, rule, ranked, candidates, members, devices)
     scored = (
-        _scored_group(context, group, values, mask, floor, parameters)
-        for group, (values, floor), mask in zip(groups, scores, candidates, strict=True)
+        ScoredTensor(
+            group.name,
+            ranking,
+            ranking.count_candidates(context),
+            partial(expand_group, group=group, parameters=parameters),
+        )
+        for group, ranking in zip(groups, rankings, strict=True)
     )
     return [[next(scored) for _ in context.each(names)] for names in ranked]
 
 
-def _scored_group(
+def are_random(rule: Selection) -> bool:
+    """Whether groups have scores that depend on no weight."""
+    return all(rule.importance.by_name(group.name) for group in rule.groups)
+
+
+def rank_groups(
     context: RequestContext,
-    group: Group,
-    scores: Scores,
-    candidates: Mask | None,
-    floor: float,
-    parameters: Mapping[str, Parameter],
-) -> ScoredTensor:
-    first = group.members[0]
-    device = parameters[first.tensor].weight.device
-    ranking = Ranking(group.name, first.units, scores, candidates, device, offset=floor)
-    expand = partial(expand_group, group=group, parameters=parameters)
-    return ScoredTensor(group.name, ranking, ranking.count_candidates(context), expand)
+    rule: Selection,
+    ranked: Sequence[Sequence[str]],
+    candidates: Sequence[Mask | None],
+    members: Sequence[Sequence[Tensor]],
+    devices: Sequence[torch.device],
+) -> list[Ranking]:
+    """Combines the scores of the members of groups.
+
+    Args:
+        context: The request.
+        rule: Resolved.
+        ranked: As of score_groups.
+        candidates: Of each group, as candidates_of returns them.
+        members: The scores of the scored members of each group: float64, flat; not used if they
+            are random.
+        devices: Of the scores of each group.
+
+    Raises:
+        InvalidSpec: The scores cannot be normalized.
+    """
+    names = [name for of_set in ranked for name in of_set]
+    scores: list[tuple[Scores, float]]
+    by_name = [rule.importance.by_name(name) for name in context.each(names)]
+    if all(by_name):
+        scores = [(random, 0.0) for random in by_name if random]
+    else:
+        sizes = list(map(len, ranked))
+        found = combined(context, rule, members, candidates, names, sizes)
+        scores = [(Stored(values), floor) for values, floor in found]
+    return [
+        Ranking(name, rule.groups_by_name[name].units, values, mask, device, offset=floor)
+        for name, (values, floor), mask, device in zip(
+            names, scores, candidates, devices, strict=True
+        )
+    ]
 
 
 def _member_scores(

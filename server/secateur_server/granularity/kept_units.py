@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from secateur_server.backends.masks import Mask
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.granularity.group import Group, Member
 from secateur_server.granularity.groups import place_of, slices_of
@@ -100,9 +101,18 @@ def shrinking_of(
         parameters: With their masks.
         catalog: Of the state_dict.
     """
+    return shrinking_by(context, groups, candidates_of(context, groups, parameters), catalog)
+
+
+def shrinking_by(
+    context: RequestContext,
+    groups: Sequence[Group],
+    candidates: Sequence[Mask | None],
+    catalog: Catalog,
+) -> Shrinking:
+    """Does shrinking_of, given the units that are not wholly pruned; None: all of a group."""
     remaining: dict[str, dict[int, Tensor]] = {}
     units: list[tuple[str, Tensor]] = []
-    candidates = candidates_of(context, groups, parameters)
     for group, mask in zip(context.each(groups), candidates, strict=True):
         kept = torch.ones(group.units, dtype=torch.bool)
         if mask is not None:

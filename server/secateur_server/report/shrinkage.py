@@ -1,7 +1,7 @@
 """Measures the tensors of a shrunk model, and finds pruned slices that are still there."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from secateur_server.report.tensors import MeasuredTensors, measure_tensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.slices import Shrinking, smaller_parameter
+
+# Returns for each member of a group which of its units have unpruned elements: bool, (members,
+# units).
+FlagsOf = Callable[[Group], Tensor]
 
 
 class Uncut(NamedTuple):
@@ -57,7 +61,7 @@ def find_uncut(
     context: RequestContext,
     zero_slices: Mapping[str, Sequence[int]],
     groups: Sequence[Group],
-    parameters: Mapping[str, Parameter],
+    flags_of: FlagsOf,
 ) -> Iterator[Uncut]:
     """Yields the slices that are wholly zero in a shrunk model, with the reason.
 
@@ -65,7 +69,7 @@ def find_uncut(
         context: The request.
         zero_slices: Of each tensor that was pruned, by dimension.
         groups: As distinct_groups returns them.
-        parameters: All, as they were before.
+        flags_of: Returns for each member of a group which units have unpruned elements.
     """
     named: dict[tuple[str, int], list[tuple[Group, int]]] = defaultdict(list)
     for group in context.each(groups):
@@ -75,7 +79,7 @@ def find_uncut(
     for name, counts in context.each(zero_slices.items()):
         for dim, count in enumerate(counts):
             if count and (name, dim) in named:
-                reason = _reason(context, named[name, dim], kept, parameters)
+                reason = _reason(named[name, dim], kept, flags_of)
                 yield Uncut(name, dim, count, reason)
             elif count and dim < 2:
                 yield Uncut(name, dim, count, "no group names slices along this dimension")
@@ -88,14 +92,28 @@ class _KeptUnits(NamedTuple):
     reason: str
 
 
-def _kept_units(
-    context: RequestContext, group: Group, parameters: Mapping[str, Parameter]
-) -> _KeptUnits:
+def member_flags(
+    context: RequestContext, parameters: Mapping[str, Parameter], group: Group
+) -> Tensor:
+    """Finds which units have unpruned elements, for each member of a group.
+
+    Args:
+        context: The request.
+        parameters: All, with their masks.
+        group: Resolved.
+
+    Returns:
+        Bool, (members, units).
+    """
     flags = torch.ones(len(group.members), group.units, dtype=torch.bool)
     for place, member in enumerate(context.each(group.members)):
         mask = candidate_units(context, Group(group.name, (member,)), parameters)
         if mask is not None:
             flags[place] = mask.flags(0, group.units).cpu()
+    return flags
+
+
+def _kept_units(group: Group, flags: Tensor) -> _KeptUnits:
     is_partial = flags.any(0) & ~flags.all(0)
     blocking = flags[:, is_partial].any(1).nonzero().view(-1).tolist()
     if not blocking:
@@ -106,15 +124,12 @@ def _kept_units(
 
 
 def _reason(
-    context: RequestContext,
-    places: Sequence[tuple[Group, int]],
-    kept: dict[str, _KeptUnits],
-    parameters: Mapping[str, Parameter],
+    places: Sequence[tuple[Group, int]], kept: dict[str, _KeptUnits], flags_of: FlagsOf
 ) -> str:
     """Why slices of a tensor that are zero were not removed, by its members along a dimension."""
     for group, place in places:
         if group.name not in kept:
-            kept[group.name] = _kept_units(context, group, parameters)
+            kept[group.name] = _kept_units(group, flags_of(group))
         found = kept[group.name]
         if not bool(found.flags[place].all()):
             return f"group {quote(group.name)}: {found.reason}"

@@ -66,7 +66,7 @@ def divided_finalize(
     """Makes the answer of a call of Finalize. The arguments are those of finalize_call."""
     if cluster is not None:
         with suppress(NotDivisible), ExitStack() as opened:
-            made = finalize_files(sources, cluster, call, opened)
+            made = finalize_files(sources, cluster, call, asked, opened)
             held.push(opened.pop_all())
             return made
     return finalize_call(sources, call, asked, held)

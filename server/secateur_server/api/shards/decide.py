@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_server.api.rules import reads_of
+from secateur_server.api.shards.groups import decide_groups
 from secateur_server.api.shards.model import DividedModel, worked
 from secateur_server.api.shards.rules import Compared, DividedRule, Names, only
 from secateur_server.api.shards.units import FarTensor, Units, as_one, far_tensors, summarize
@@ -14,6 +15,7 @@ from secateur_server.api.shards.work import FileWork
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.decide import decide, is_plain, units_to_prune
 from secateur_server.cut.outcomes import choices_of, cuts_of
+from secateur_server.cut.prune import KeptUnits
 from secateur_server.cut.score import score_dtype
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Amount, Count, Counts
@@ -75,6 +77,11 @@ def after_rules(
     """
     applied = []
     for one in divided:
+        if one.rule.groups:
+            kept, found = decide_groups(context, model, works, one.rule)
+            works = _with_rules(works, [[of_file] for of_file in kept])
+            applied.append(Applied([1] * len(works), found))
+            continue
         rules: dict[Names, Sequence[Selection]] = {}
         choices: dict[Names, Choice] = {}
         for compared in one.across:
@@ -82,12 +89,18 @@ def after_rules(
                 context, model, works, one.rule, compared
             )
         more = [one.of_file(index, rules) for index in range(len(works))]
-        works = [
-            replace(work, rules=(*work.rules, *of_file))
-            for work, of_file in zip(works, more, strict=True)
-        ]
+        works = _with_rules(works, more)
         applied.append(Applied([len(of_file) for of_file in more], choices))
     return works, applied
+
+
+def _with_rules(
+    works: Sequence[FileWork], more: Sequence[Sequence[Selection | KeptUnits]]
+) -> list[FileWork]:
+    return [
+        replace(work, rules=(*work.rules, *of_file))
+        for work, of_file in zip(works, more, strict=True)
+    ]
 
 
 def _decided(

@@ -9,7 +9,12 @@ from secateur_server.api.convert.plan import Unplanned, decode_amounts
 from secateur_server.api.plan import charge_plan, encoded, path_of, sizes_of
 from secateur_server.api.rules import reads_of
 from secateur_server.api.shards.decide import after_rules, by_tensor, scored, works_of
-from secateur_server.api.shards.model import DividedModel, divided_model, worked
+from secateur_server.api.shards.model import (
+    DividedModel,
+    NotDivisible,
+    divided_model,
+    worked,
+)
 from secateur_server.api.shards.plan_work import CutTensors, PlannedFile, PlanWork, plan_file
 from secateur_server.api.shards.rules import Compared, DividedRule, Names, divided_rules, only
 from secateur_server.api.shards.work import FileWork
@@ -39,6 +44,8 @@ def plan_files(
         rules = resolve(context, asked, model.catalog)
         planned, amounts = decode_amounts(context, header, rules)
         *others, last = divided_rules(context, rules, model)
+        if last.rule.groups:
+            raise NotDivisible
         charge_plan(context, planned, amounts)
         works = works_of(model, rules, header.prior, is_whole=False)
         works, _ = after_rules(context, model, works, others)

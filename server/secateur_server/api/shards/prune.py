@@ -11,7 +11,9 @@ from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.checkpoint import file_message
 from secateur_server.api.convert.report import report_of
+from secateur_server.api.rules import groups_of
 from secateur_server.api.shards.decide import Applied, after_rules, works_of
+from secateur_server.api.shards.groups import Shrunk, shrink
 from secateur_server.api.shards.model import DividedModel, NotDivisible, divided_model, worked
 from secateur_server.api.shards.rules import DividedRule, divided_rules
 from secateur_server.api.shards.work import FileWork, Part, Place, PruneWork, prune_file
@@ -66,7 +68,7 @@ def _check_divisible(header: pb.PruneHeader) -> None:
     """Raises NotDivisible for what tasks do not do: weights would pass through the server."""
     output = OUTPUTS[header.output]
     is_sent = output.has_weights and output.has_data and not header.destination_uri
-    if header.keep or header.HasField("details") or output.needs_groups or is_sent:
+    if header.keep or header.HasField("details") or is_sent:
         raise NotDivisible
 
 
@@ -81,6 +83,7 @@ class _Pruning:
         divided: The same rules, resolved.
         works: Each file with its rules.
         applied: What became of each rule.
+        shrunk: What a shrunk model keeps; None for other outputs.
     """
 
     call: Call[pb.PruneHeader]
@@ -89,6 +92,7 @@ class _Pruning:
     divided: Sequence[DividedRule]
     works: Sequence[FileWork]
     applied: Sequence[Applied]
+    shrunk: Shrunk | None
 
     @property
     def rules(self) -> list[Selection]:
@@ -106,7 +110,10 @@ def _decided(call: Call[pb.PruneHeader], model: DividedModel, asked: Sequence[Ru
     is_whole = bool(header.destination_uri) and OUTPUTS[header.output].needs_all_tensors
     works = works_of(model, rules, header.prior, is_whole)
     works, applied = after_rules(context, model, works, divided)
-    return _Pruning(call, model, asked, divided, works, applied)
+    shrunk = None
+    if OUTPUTS[header.output].needs_groups:
+        shrunk = shrink(context, model, works, groups_of(context, rules, model.catalog))
+    return _Pruning(call, model, asked, divided, works, applied, shrunk)
 
 
 def _check_names(rules: Sequence[Rule], model: DividedModel) -> None:
@@ -138,9 +145,10 @@ def _worked(pruning: _Pruning, targets: Sequence[SharedTarget]) -> list[Part]:
     places: Sequence[Place | None] = [None] * len(works)
     if targets:
         places = [target.place() for target in targets[: len(works)]]
+    kept = pruning.shrunk.files if pruning.shrunk else [None] * len(works)
     pieces = [
-        PruneWork(work, header.output, place, has_masks)
-        for work, place in zip(works, places, strict=True)
+        PruneWork(work, header.output, place, has_masks, shrinking)
+        for work, place, shrinking in zip(works, places, kept, strict=True)
     ]
     return worked(pruning.call.context, model.cluster, "write", prune_file, pieces)
 
@@ -167,6 +175,8 @@ def _report(pruning: _Pruning, parts: Sequence[Part]) -> SparsityReport:
     encoded = b"".join(part.tensors for part in parts)
     choices = list(_choices(pruning, parts))
     report = report_of(context, encoded, names, catalog, "", choices=choices)
+    if pruning.shrunk:
+        pruning.shrunk.add_to(context, report, pruning.model)
     warnings = warnings_of(context, report, pruning.asked, pruning.rules, catalog, changes)
     if pruning.call.header.output == pb.OUTPUT_PACKED:
         warnings = [warning for warning in warnings if warning.code != NOT_SMALLER]

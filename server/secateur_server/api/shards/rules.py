@@ -115,10 +115,14 @@ def divided_rules(
 
 
 def _divided(context: RequestContext, rule: Rule, model: DividedModel) -> DividedRule:
-    if not isinstance(rule, Selection) or rule.groups or rule.extras():
+    if not isinstance(rule, Selection) or rule.extras():
         raise NotDivisible
     if rule.allocation in TABLES or not _are_scales_beside(rule, model):
         raise NotDivisible
+    if rule.groups:
+        nothing: list[Names] = [()] * len(model.references)
+        names = [group.name for group in rule.groups]
+        return DividedRule(rule, nothing, [Compared(tuple(names), nothing)])
     shapes = model.catalog.prunable
     empty = [name for name in rule.tensors if 0 in shapes[name]]
     names = [name for name in rule.tensors if 0 not in shapes[name]]

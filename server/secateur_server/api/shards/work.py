@@ -1,7 +1,7 @@
 """The tasks: what is done where a file of the model is."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,14 +11,17 @@ from secateur_server.api.convert.report import encode_tensors, report_of
 from secateur_server.backends.protocol import Backend
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.prior import prune_zeros
-from secateur_server.cut.prune import prune
+from secateur_server.cut.prune import KeptUnits, prune
 from secateur_server.outputs import OUTPUTS
+from secateur_server.outputs.shrunk import shrunk_files
+from secateur_server.report.shrinkage import measure_sent
 from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import Change, changes_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.shards import Shard
+from secateur_server.state_dict.slices import Shrinking
 from secateur_server.state_dict.state_dict import StateDict, masks_of
 from secateur_server.uris.local import LocalPlace
 from secateur_server.uris.multipart import MultipartPlace, Uploaded
@@ -46,7 +49,7 @@ class FileWork:
     reference: Reference
     names: tuple[str, ...] | None = None
     zeros: tuple[str, ...] = ()
-    rules: tuple[Selection, ...] = ()
+    rules: tuple[Selection | KeptUnits, ...] = ()
 
     @property
     def size(self) -> int:
@@ -141,12 +144,14 @@ class PruneWork:
         output: Of the call.
         target: Where the file is written; None: nowhere.
         has_masks: Whether the bits of masks are returned.
+        shrinking: What is kept of the file; None: everything.
     """
 
     work: FileWork
     output: int
     target: Place | None
     has_masks: bool
+    shrinking: Shrinking | None = None
 
     @property
     def size(self) -> int:
@@ -166,8 +171,8 @@ def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> P
     prior = _prior(context, work, state_dict)
     pruned, choices = prune(context, prior, work.rules, {})
     masks = {name: mask.bits for name, mask in masks_of(pruned).items()} if asked.has_masks else {}
-    files = OUTPUTS[asked.output].files(context, state_dict, pruned, []) if asked.target else []
-    tensors = encode_tensors(measure_tensors(context, pruned))
+    files = _files(context, asked, state_dict, pruned) if asked.target else []
+    tensors = encode_tensors(measure_sent(context, pruned, asked.shrinking))
     report = report_of(context, tensors, pruned, state_dict.catalog, "")
     changes = changes_of(context, report, state_dict.catalog, prior, pruned)
     part = Part(tensors, changes, [list(of_rule) for of_rule in choices], masks)
@@ -175,6 +180,17 @@ def prune_file(context: RequestContext, backend: Backend, asked: PruneWork) -> P
         part = replace(part, file=write_file(context, asked.target, *files))
     close_file(work.reference)
     return part
+
+
+def _files(
+    context: RequestContext,
+    asked: PruneWork,
+    state_dict: StateDict,
+    pruned: Mapping[str, Parameter],
+) -> list[OutgoingFile]:
+    if asked.shrinking is not None:
+        return shrunk_files(context, state_dict, pruned, asked.shrinking)
+    return OUTPUTS[asked.output].files(context, state_dict, pruned, [])
 
 
 def write_file(context: RequestContext, place: Place, file: OutgoingFile) -> Written:
