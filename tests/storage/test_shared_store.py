@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import secateur
-from secateur_server.errors import CheckpointNotFound, QuotaExceeded, StoreFailed
+from secateur_server.errors import CheckpointNotFound, QuotaExceeded, RequestError, StoreFailed
 from secateur_server.runtime.context import RequestContext
 from secateur_server.storage.records import Record
 from secateur_server.storage.shared.claims import claimed, remove_unnamed
@@ -262,7 +262,33 @@ def test_a_claim_waits_for_a_removal(
     assert len(keys(bucket, uri, "records")) == 2
 
 
-@pytest.mark.slow
+def test_calls_that_need_a_checkpoint_fetch_it_once(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    download = Objects.download
+
+    def slowly(self: Objects, context: RequestContext, key: str) -> Iterator[bytes]:
+        fetched.append(key)
+        time.sleep(0.5)
+        yield from download(self, context, key)
+
+    monkeypatch.setattr(Objects, "download", slowly)
+    with stores(uri, tmp_path) as (one, other), ThreadPoolExecutor() as threads:
+        record = create(one, 0)
+
+        def read(number: int) -> int:
+            with other.open(RequestContext(), OWNER, record.name) as opened:
+                return len(opened.files[0].data)
+
+        assert list(threads.map(read, range(5))) == 5 * [record.files[0].size]
+        late = RequestContext(deadline=time.monotonic() - 1)
+        other._local.delete(OWNER, record.name)
+        with pytest.raises(RequestError), other.open(late, OWNER, record.name):
+            pass
+    assert len(fetched) <= 2
+
+
 def test_a_sweep_removes_what_servers_have_left_behind(
     bucket: Bucket,  # noqa: F811
     uri: str,

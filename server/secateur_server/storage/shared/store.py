@@ -4,10 +4,10 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from secateur_server.errors import (
     CheckpointNotFound,
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 EXPIRE_SECONDS, SWEEP_SECONDS = 60.0, 3600.0
 # Seconds between notes of the use of a checkpoint.
 USE_SECONDS = 60.0
+# Seconds between checks for cancellation.
+WAIT_SECONDS = 0.2
 # How often a checkpoint is fetched that the local disk has lost before it was opened.
 ATTEMPTS = 3
 
@@ -51,9 +53,16 @@ class SharedStore:
         ttl: Seconds from its last use that a checkpoint is kept; 0: for ever.
         evicted: Called with the reason of each eviction and the bytes that it freed.
 
+    Attributes:
+        used_bytes: Bytes of all checkpoints, as they were a while ago.
+        count: The number of checkpoints, as it was a while ago.
+
     Raises:
         StoreFailed: The object store cannot be written to and read.
     """
+
+    used_bytes: int
+    count: int
 
     def __init__(
         self,
@@ -68,9 +77,9 @@ class SharedStore:
         self._records = SharedRecords(objects)
         self._uses: dict[str, float] = {}
         self._damaged: set[str] = set()
-        self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._fetching = WeakValueDictionary[str, threading.Lock]()
         self._check()
-        self._usage = self._read_usage(RequestContext())
+        self._measure(self._read_usage(RequestContext()))
         self._is_closed = threading.Event()
         self._expiring = threading.Thread(target=self._expire, name="expire", daemon=True)
         self._expiring.start()
@@ -103,26 +112,15 @@ class SharedStore:
         """Bytes that the cache, with uploads, may have on the local disk."""
         return self._local.disk_limit
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of all checkpoints, as they were a while ago."""
-        return self._usage.bytes
-
-    @property
-    def count(self) -> int:
-        """The number of checkpoints, as it was a while ago."""
-        return len(self._usage.entries)
-
     def get(self, owner: str, name: str) -> Record:
         """Returns the record of a checkpoint, as Store.get does."""
         return self._records.get(RequestContext(), owner, name)
 
     def expire_time(self, owner: str, record: Record) -> float | None:
-        """Returns when a checkpoint expires, in seconds since 1970; None: never."""
+        """Returns when a checkpoint expires, by uses that are known here; None: never."""
         if not self.ttl:
             return None
-        found = self._objects.find(RequestContext(), used_key(owner, record))
-        return (found.time if found else record.create_time / 1e9) + self.ttl
+        return self._used.get(used_key(owner, record), record.create_time / 1e9) + self.ttl
 
     def page(self, owner: str, before: str, most: int) -> Sequence[Record]:
         """Returns a page of checkpoints, as Store.page does."""
@@ -149,7 +147,7 @@ class SharedStore:
         self, context: RequestContext, owner: str, record: Record, stack: ExitStack
     ) -> OpenCheckpoint:
         for attempt in range(ATTEMPTS):
-            with self._fetching[record.id]:
+            with self._alone(context, record):
                 self._fetch(context, owner, record)
             try:
                 return stack.enter_context(self._local.open(context, owner, record.name))
@@ -157,6 +155,17 @@ class SharedStore:
                 if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("the loop returns or raises")
+
+    @contextmanager
+    def _alone(self, context: RequestContext, record: Record) -> Iterator[None]:
+        """Lets one call at a time fetch a checkpoint; the others then find its files here."""
+        lock = self._fetching.setdefault(record.id, threading.Lock())
+        while not lock.acquire(timeout=WAIT_SECONDS):
+            context.check()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _fetch(self, context: RequestContext, owner: str, record: Record) -> None:
         """Fetches the files of a checkpoint that are not on the local disk."""
@@ -296,6 +305,12 @@ class SharedStore:
         with suppress(StoreFailed):  # the use of a checkpoint that can be read matters more
             self._objects.write(RequestContext(), used_key(owner, record))
             self._uses[record.id] = now
+            self._used[used_key(owner, record)] = time.time()
+
+    def _measure(self, usage: Usage) -> None:
+        entries = usage.entries
+        self.used_bytes, self.count = usage.bytes, len(entries)
+        self._used = {used_key(entry.owner, entry.record): entry.used for entry in entries}
 
     def _read_usage(self, context: RequestContext) -> Usage:
         return read_usage(context, self._objects, self._records, self._local.is_used)
@@ -318,7 +333,7 @@ class SharedStore:
             StoreFailed: The object store failed.
         """
         context = RequestContext()
-        self._usage = usage = self._read_usage(context)
+        usage = self._read_usage(context)
         now = time.monotonic()
         self._uses = {ident: at for ident, at in self._uses.items() if at > now - USE_SECONDS}
         oldest = time.time() - self.ttl if self.ttl else -math.inf
@@ -326,6 +341,7 @@ class SharedStore:
         old = [e for e in usage.entries if e.used < oldest and not is_used(e.owner, e.record)]
         for entry in old:
             self._evict(usage, entry, "ttl")
+        self._measure(usage)
         self._forget(context, old)
 
     def sweep(self, age: float) -> None:
