@@ -43,10 +43,11 @@ Model = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs.  pid: of its process."""
+    """A server that runs.  pid: of its process.  metrics: the address of its metrics."""
 
     address: str
     pid: int
+    metrics: str
 
 
 def environment() -> dict[str, Any]:
@@ -175,11 +176,13 @@ def running_server(*more: str) -> Iterator[Server]:
     process = subprocess.Popen([program, *options, *more], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
+        found: dict[str, str] = {}
         for line in process.stderr:
-            if match := re.search(r"serving gRPC at (\S+)", line):
+            found |= re.findall(r'serving (gRPC|metrics) at ([^\s"]+)', line)
+            if len(found) == 2:
                 # A log that nobody reads would in the end stop who writes it.
                 Thread(target=process.stderr.read, daemon=True).start()
-                yield Server(match[1], process.pid)
+                yield Server(found["gRPC"], process.pid, found["metrics"])
                 return
         raise RuntimeError(f"secateur-server ended with status {process.wait()}")
     finally:
