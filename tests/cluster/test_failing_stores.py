@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from secateur_server.api.shards import model as shards_model
 from tests.cluster.conftest import NODE
 from tests.cluster.divided import INDEX, split, write_files
 from tests.cluster.store import Proxy, proxied
 from tests.cluster.test_calls import asked, busy, cancelled
 from tests.cluster.test_ray import in_thread
-from tests.conftest import eventually, inner_server
+from tests.conftest import PATIENCE, eventually, inner_server
 from tests.contract.raw import failure, send
 from tests.uris.conftest import Bucket
 from tests.uris.conftest import bucket as bucket  # a fixture
@@ -68,7 +69,13 @@ def served(
     for path in folder.iterdir():
         bucket.put(f"models/{path.name}", path)
     options = ("--allow-uri", MODELS, "--work-memory", "64MiB", "--ray-address", address)
-    with inner_server(*options) as server, connected(server) as made:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        inner_server(*options) as server,
+        connected(server) as made,
+    ):
+        # On a busy machine too, all fetched files are removed at the end of a call.
+        patch.setattr(shards_model, "FORGET_SECONDS", PATIENCE)
         yield made
 
 
