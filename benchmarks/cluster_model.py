@@ -7,6 +7,9 @@ A global Prune of a model in shards, from an object store to it. First the model
 measured calls themselves, then a cluster that nobody here has. It assumes that all workers are
 alike, that each has its own line to the store, and that a worker fetches, counts, prunes and writes
 its shards one after another on each core, without overlap.
+
+It is a lower bound: scores that are computed again, the requests that begin and complete uploads,
+and the disks of the nodes are not in it.
 """
 
 import argparse
